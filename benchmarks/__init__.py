@@ -1,0 +1,1 @@
+"""Measurements and the models they run on."""
