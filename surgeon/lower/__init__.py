@@ -1,0 +1,1 @@
+"""Lowering: one file per target, from a final graph to what production runs."""
