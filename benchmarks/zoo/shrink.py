@@ -16,7 +16,8 @@ POSITIONS = 64
 WINDOW = 4
 
 _SAME: tuple[tuple[int, tuple[str, ...]], ...] = (
-    (VOCAB, ("vocab_size", "decoder_vocab_size", "n_token")),
+    (VOCAB, ("vocab_size", "decoder_vocab_size", "n_token", "vocab_size_per_layer_input", "pronunciation_vocab_size",
+             "shape_vocab_size")),
     (LAYERS, (
         "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "num_blocks",
         "num_encoder_layers", "num_decoder_layers",
@@ -36,7 +37,7 @@ _SAME: tuple[tuple[int, tuple[str, ...]], ...] = (
         "head_dim", "dim_head", "d_head", "d_kv", "attention_head_size", "attention_head_dim", "kv_channels", "global_head_dim",
         "linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "index_head_dim", "kv_lora_rank", "state_size",
         "ssm_state_size", "mamba_d_state", "mamba_d_head", "mamba_head_dim", "mamba_headdim", "qk_nope_head_dim", "swa_head_dim",
-        "laurel_rank", "hidden_size_per_layer_input", "swa_v_head_dim", "time_step_rank", "mamba_dt_rank",
+        "laurel_rank", "hidden_size_per_layer_input", "swa_v_head_dim", "shared_experts_intermediate_size", "time_step_rank", "mamba_dt_rank",
     )),
     (48, ("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size", "expert_ffn_hidden_size",
          "moe_shared_expert_intermediate_size")),
@@ -73,12 +74,27 @@ def layer_sample(columns: Iterable[list[Any]], keep: int = LAYERS) -> list[int]:
 def shrink(fields: Mapping[str, Any], sizes: Mapping[str, Any] = SIZES) -> Fields:
     """`fields` with every size field from `sizes`, per-layer lists cut alike, token ids inside the vocabulary, nested configs too."""
     out = {name: _value(name, value, fields, sizes) for name, value in fields.items()}
-    depth = next((fields[name] for name in _DEPTH if isinstance(fields.get(name), int)), None)
-    lists = {k: v for k, v in fields.items() if isinstance(v, list) and depth and len(v) == depth and depth > LAYERS}
-    if lists:
-        chosen = layer_sample(lists.values())
-        out |= {name: [column[i] for i in chosen] for name, column in lists.items()}
+    out |= _per_layer(fields, sizes)
+    if fields.get("head_dim") and fields["head_dim"] == fields.get("qk_rope_head_dim"):
+        out["head_dim"] = out["qk_rope_head_dim"]
+    if out.get("qk_head_dim") and out.get("qk_nope_head_dim"):
+        out["qk_head_dim"] = out["qk_nope_head_dim"] + out["qk_rope_head_dim"]
     return _token_ids(out)
+
+
+def _per_layer(fields: Mapping[str, Any], sizes: Mapping[str, Any]) -> Fields:
+    """The lists with one entry per layer, and `per_layer_config`, cut to the same `LAYERS` layers."""
+    depth = next((fields[name] for name in _DEPTH if isinstance(fields.get(name), int)), 0)
+    lists = {k: v for k, v in fields.items() if isinstance(v, list) and len(v) == depth and depth > LAYERS}
+    own = {int(i): shrink(v, sizes) for i, v in (fields.get("per_layer_config") or {}).items()}
+    columns = [*lists.values(), *([[own.get(i) for i in range(depth)]] if own else [])]
+    if not columns:
+        return {}
+    chosen = layer_sample(columns)
+    out: Fields = {name: [column[i] for i in chosen] for name, column in lists.items()}
+    if own:
+        out["per_layer_config"] = {new: own[old] for new, old in enumerate(chosen) if old in own}
+    return out
 
 
 def _value(name: str, value: Any, fields: Mapping[str, Any], sizes: Mapping[str, Any]) -> Any:
@@ -89,6 +105,8 @@ def _value(name: str, value: Any, fields: Mapping[str, Any], sizes: Mapping[str,
     if name in _KV_HEADS:
         heads = next((fields[h] for h in _HEADS if isinstance(fields.get(h), int)), value)
         return HEADS if value == heads else min(value, 2)
+    if name in ("n_group", "num_expert_group", "topk_group"):
+        return min(value, 1 if name == "topk_group" else 2)
     return sizes.get(name, value)
 
 
