@@ -1,0 +1,158 @@
+"""The `surgeon` command: a table of commands, and one way to fail."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from inspect import cleandoc
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from surgeon.cli import output
+from surgeon.errors import SurgeonError, UsageError, nearest
+
+# Command name -> module with a function `command`, in the order `--help` lists them. A module is imported when its
+# command runs, and all of them for `--help`: none may import torch or transformers at module level.
+COMMANDS: dict[str, str] = {
+    "doctor": "surgeon.cli.doctor",
+}
+
+INTERRUPTED = 130  # 128 + SIGINT, what shells report
+
+
+class CommandTable(TyperGroup):
+    """The commands of `COMMANDS`, each imported when it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names, in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of that name, or None."""
+        return load(cmd_name) if cmd_name in COMMANDS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As the base class does, but an unknown name is an error that suggests the nearest ones."""
+        if args[0] not in COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
+            raise UsageError(f"no command named {args[0]!r}", ctx.command_path, _did_you_mean(args[0], COMMANDS))
+        return super().resolve_command(ctx, args)
+
+
+def load(name: str) -> Any:
+    """Import one command and build its parser.
+
+    The module exposes `command`, and may expose `context_settings` (a dict, as click takes it) when it reads options of
+    its own. The part of the docstring from `Examples:` on is shown below the options.
+    """
+    module = importlib.import_module(COMMANDS[name])
+    text, examples = split_examples(module.command.__doc__ or "")
+    single = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    settings = {"help_option_names": ["-h", "--help"], **getattr(module, "context_settings", {})}
+    single.command(name, help=text, epilog=examples, context_settings=settings)(_reserving_stdout(module.command))
+    return typer.main.get_command(single)
+
+
+def _reserving_stdout(command: Callable[..., Any]) -> Callable[..., Any]:
+    # Around the function only: help pages and completion scripts are printed before it is called.
+    @functools.wraps(command)
+    def inner(*args: Any, **options: Any) -> Any:
+        with output.reserved_stdout():
+            return command(*args, **options)
+
+    return inner
+
+
+def split_examples(docstring: str) -> tuple[str, str | None]:
+    """A docstring's text, and its examples in the form that the help page shows line by line."""
+    text, found, examples = cleandoc(docstring).replace("[", r"\[").partition("Examples:\n")
+    lines = [line.strip() for line in examples.splitlines() if line.strip()]
+    return text.strip(), "\n".join(["\b", "[bold]Examples[/bold]", *lines]) if found else None
+
+
+def version() -> str:
+    """The installed version; `unknown` in a clone that was never installed."""
+    from importlib import metadata  # 50 ms that --help does not need
+
+    try:
+        return metadata.version("model-surgeon")
+    except metadata.PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        output.write(f"surgeon {version()}\n")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    name="surgeon",
+    cls=CommandTable,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def surgeon(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Adapt and deploy transformer models: capture once, rewrite, train, merge, export, verify."""
+
+
+def main(args: Sequence[str]) -> int:
+    """Run one command line and return its exit code: 0 done, 1 a check failed, 2 bad usage, 3 not supported."""
+    try:
+        result = typer.main.get_command(app).main(list(args) or ["--help"], prog_name="surgeon", standalone_mode=False)
+    except SurgeonError as error:
+        return _fail(error)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except Exception as error:
+        if os.environ.get("SURGEON_DEBUG"):
+            raise
+        return _fail(_expected(error) or _unexpected(error))
+    return result if type(result) is int else 0
+
+
+def _expected(error: Exception) -> SurgeonError | None:
+    """The parser's own complaint (an unknown option, a missing argument, a bad value) as a usage error."""
+    message = getattr(error, "format_message", None)
+    if not callable(message):
+        return None
+    ctx = getattr(error, "ctx", None)
+    command = ctx.command_path if ctx else "surgeon"
+    option = getattr(error, "option_name", "")
+    if ctx and option and type(error).__name__ == "NoSuchOption":
+        known = [name for parameter in ctx.command.get_params(ctx) for name in parameter.opts if name.startswith("--")]
+        return UsageError(f"no option {option}", command, _did_you_mean(option, known))
+    return UsageError(str(message()).strip().rstrip("."), command, f"{command} --help")
+
+
+def _unexpected(error: Exception) -> SurgeonError:
+    first = (str(error).strip().splitlines() or [""])[0]
+    what = f"unexpected {type(error).__name__}: {first}" if first else f"unexpected {type(error).__name__}"
+    return SurgeonError(what, hint="run with SURGEON_DEBUG=1 for the traceback")
+
+
+def _did_you_mean(name: str, known: Sequence[str] | dict[str, str]) -> str:
+    return f"did you mean {nearest(name, known)}?"
+
+
+def _fail(error: SurgeonError) -> int:
+    what, _, rest = str(error).partition("\n")
+    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    print(f"\033[1;31m{what}\033[0m" if colour else what, rest, sep="\n" if rest else "", file=sys.stderr)
+    return error.exit_code
+
+
+def run() -> None:
+    """The console script: `main` on the process's own arguments."""
+    sys.exit(main(sys.argv[1:]))

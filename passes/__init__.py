@@ -1,0 +1,1 @@
+"""The methods: one pass per file, imported as `surgeon.passes.<name>`; no torch at module level."""
