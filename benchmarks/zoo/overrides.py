@@ -11,7 +11,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "beam": {"num_experts": 4, "n_group": 2, "topk_group": 1},
     "blt": {
         "encoder_hash_byte_group_vocab": 64, "vocab_size": 264, "local_attention_window_len": 8,
-        "patching_mode": "space",
+        "patching_mode": "space", "patcher_config": {"vocab_size": 264},
+        "encoder_config": {"vocab_size": 264, "hidden_size_global": 64},
+        "decoder_config": {"vocab_size": 264, "hidden_size_global": 64},
     },
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "dbrx": {
@@ -23,6 +25,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
+    "dots3_note_text": {"head_dim": 24},
     "falcon_h1": _SSM | {"mamba_d_ssm": 128},
     "gemma3n_text": {
         "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -52,7 +55,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "lsh_attn_chunk_length": 4, "num_buckets": 4, "hash_seed": 0, "attn_layers": ["local", "lsh", "local", "lsh"],
     },
     "roc_bert": {"pronunciation_embed_dim": 16, "shape_embed_dim": 16},
-    "xlstm": {"num_heads": 4, "qk_dim_factor": 0.5},
+    "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "attention_hidden_size": 128, "attention_head_dim": 32, "n_mamba_heads": 2, "use_mamba_kernels": False,
@@ -66,5 +69,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 32},
 }  # fmt: skip
+OVERRIDES["dots3_note"] = {
+    "text_config": OVERRIDES["dots3_note_text"],
+    "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+    "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64, "downsample_hidden_size": 16},
+}
 OVERRIDES["qwen4_exp"] = {"text_config": OVERRIDES["qwen4_exp_text"]}
-EXTRA_INPUTS: dict[str, dict[str, Any]] = {}
+EXTRA_INPUTS: dict[str, dict[str, Any]] = {"blt": {"use_cache": False}}
+
+_DRAFTS = "a draft head: it takes another model's hidden states and K/V instead of tokens, so it is no language model alone"
+_MUSIC = "AutoModelForCausalLM hands its class the composite config, and the class wants the decoder's: transformers cannot build it"
+CANNOT: dict[str, str] = {
+    "gemma3n": "its vision tower needs the package timm; the text model is gemma3n_text",
+    "gemma4_assistant": _DRAFTS,
+    "gemma4_unified_assistant": _DRAFTS,
+    "musicgen": _MUSIC,
+    "musicgen_melody": _MUSIC,
+}

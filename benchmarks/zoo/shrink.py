@@ -91,7 +91,7 @@ def _per_layer(fields: Mapping[str, Any], sizes: Mapping[str, Any]) -> Fields:
     if not columns:
         return {}
     chosen = layer_sample(columns)
-    out: Fields = {name: [column[i] for i in chosen] for name, column in lists.items()}
+    out: Fields = {name: [_value(name, column[i], fields, sizes) for i in chosen] for name, column in lists.items()}
     if own:
         out["per_layer_config"] = {new: own[old] for new, old in enumerate(chosen) if old in own}
     return out
