@@ -31,7 +31,7 @@ def repo() -> Path:
 def shared() -> Path:
     """The folder beside the clone with `models/` and `data/`; a test that asks for it fails without it."""
     if not (SHARED / "models").is_dir():
-        pytest.fail(f"no folder {SHARED}: it holds the real models and data, and stands beside the clone", pytrace=False)
+        pytest.fail(f"no folder {SHARED}: the real models and data stand beside the clone", pytrace=False)
     return SHARED
 
 
