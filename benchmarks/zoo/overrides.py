@@ -77,7 +77,9 @@ OVERRIDES["dots3_note"] = {
 OVERRIDES["qwen4_exp"] = {"text_config": OVERRIDES["qwen4_exp_text"]}
 EXTRA_INPUTS: dict[str, dict[str, Any]] = {"blt": {"use_cache": False}}
 
-_DRAFTS = "a draft head: it takes another model's hidden states and K/V instead of tokens, so it is no language model alone"
+_DRAFTS = (
+    "a draft head: it takes another model's hidden states and K/V instead of tokens, so it is no language model alone"
+)
 _MUSIC = "AutoModelForCausalLM hands its class the composite config, and the class wants the decoder's: transformers cannot build it"
 CANNOT: dict[str, str] = {
     "gemma3n": "its vision tower needs the package timm; the text model is gemma3n_text",
