@@ -1,0 +1,183 @@
+"""Tensors streamed from a checkpoint into a new safetensors file, in bounded memory.
+
+What stays is copied as bytes inside the kernel; what changes passes through two reused buffers, block of rows by block
+of rows: stored dtype → fp32 → the change → rounded once → written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from surgeon.errors import CheckFailed, UsageError
+from surgeon.safetensors_file import TensorInfo
+
+BLOCK_BYTES = 64 << 20
+_COPY_BYTES = 256 << 20
+_NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+
+RowDelta = Callable[[torch.Tensor, slice], torch.Tensor]
+"""`delta(weight, rows) -> merged`: fp32 rows `rows` (along dimension 0) of the stored tensor, and what becomes of them.
+
+The block is the callback's to change in place. Only very large tensors come in more than one block.
+"""
+
+
+@dataclass(frozen=True)
+class WholeDelta:
+    """A change that needs the whole tensor at once, e.g. a norm along dimension 0: `merge(weight) -> merged`, fp32."""
+
+    merge: Callable[[torch.Tensor], torch.Tensor]
+
+    def __call__(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
+        """`rows` is always the whole tensor."""
+        return self.merge(weight)
+
+
+Delta = RowDelta | WholeDelta
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of an output file: its bytes come from `source`, through `delta` if there is one."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    source: TensorInfo | torch.Tensor
+    delta: Delta | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the output."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def raw(self) -> bool:
+        """Whether the stored bytes are copied as they are."""
+        return isinstance(self.source, TensorInfo) and self.delta is None and self.source.dtype == self.dtype
+
+
+class Buffers:
+    """Memory that is allocated once and grows to the largest block."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def take(self, role: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor; it is overwritten by the next `take` of the same role."""
+        size = math.prod(shape) * dtype.itemsize
+        if role not in self._kept or self._kept[role].numel() < size:
+            self._kept.pop(role, None)
+            self._kept[role] = torch.empty(size, dtype=torch.uint8)
+        return self._kept[role][:size].view(dtype).view(shape)
+
+
+def write_entries(
+    file: Path, header: bytes, entries: Iterable[Entry], buffers: Buffers, wrote: Callable[[Entry, int], None]
+) -> None:
+    """Write a safetensors file; `wrote(entry, bytes)` is called as its parts are done.
+
+    Raises CheckFailed if a changed tensor is not finite in its stored dtype, UsageError if a source is cut short.
+    """
+    with contextlib.ExitStack() as stack:
+        sink = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        stack.callback(os.close, sink)
+        handles: dict[Path, int] = {}
+
+        def handle(path: Path) -> int:
+            if path not in handles:
+                handles[path] = os.open(path, os.O_RDONLY)
+                stack.callback(os.close, handles[path])
+            return handles[path]
+
+        _write(sink, memoryview(header))
+        for entry in entries:
+            if isinstance(entry.source, torch.Tensor):
+                _write(sink, _bytes(entry.source.detach().to(entry.dtype).contiguous()))
+            elif entry.raw:
+                _copy(handle(entry.source.file), sink, entry.source, buffers)
+            else:
+                for block in _changed(entry, entry.source, handle(entry.source.file), buffers):
+                    _write(sink, _bytes(block))
+            wrote(entry, entry.nbytes)
+
+
+def _changed(entry: Entry, source: TensorInfo, handle: int, buffers: Buffers) -> Iterator[torch.Tensor]:
+    """The output tensor in blocks of rows, each rounded once to its stored dtype."""
+    wide = torch.promote_types(torch.promote_types(source.dtype, entry.dtype), torch.float32)
+    shape = source.shape or (1,)
+    row = math.prod(shape[1:])
+    step = max(1, BLOCK_BYTES // max(1, row * wide.itemsize))
+    if isinstance(entry.delta, WholeDelta) or not source.shape:
+        step = shape[0]
+    for start in range(0, shape[0], step):
+        rows = slice(start, min(start + step, shape[0]))
+        block = (rows.stop - rows.start, *shape[1:]) if source.shape else ()
+        stored = buffers.take("stored", block, source.dtype)
+        _read(handle, source, start * row * source.dtype.itemsize, _bytes(stored), entry.name)
+        value = buffers.take("wide", block, wide).copy_(stored)
+        merged = value if entry.delta is None else entry.delta(value, rows)
+        if tuple(merged.shape) != block:
+            raise UsageError(
+                f"the change of {entry.name} gave {list(merged.shape)} for {list(block)}",
+                f"rows {rows.start} to {rows.stop}",
+                "the adapter belongs to another base",
+            )
+        yield _rounded(entry, merged, block, buffers)
+
+
+def _rounded(entry: Entry, merged: torch.Tensor, block: tuple[int, ...], buffers: Buffers) -> torch.Tensor:
+    # The bytes that were read are no longer needed: the same memory takes the result.
+    rounded = buffers.take("stored", block, entry.dtype).copy_(merged)
+    # One sum is the cheapest look at every value; only if it is not finite is a second one needed.
+    if not torch.isfinite(rounded.sum(dtype=torch.float32)) and not torch.isfinite(rounded).all():
+        finite = bool(torch.isfinite(merged).all())
+        what = f"merged values of {entry.name} overflow {entry.dtype}" if finite else f"{entry.name} is not finite"
+        hint = "merge into bfloat16 or float32" if finite else "check the adapter and the base for NaN and Inf"
+        raise CheckFailed(what, "merge", hint)
+    return rounded
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.reshape(-1).view(torch.uint8)
+    return flat.numpy().data
+
+
+def _write(sink: int, data: memoryview) -> None:
+    while data.nbytes:
+        data = data[os.write(sink, data) :]
+
+
+def _read(handle: int, source: TensorInfo, offset: int, into: memoryview, name: str) -> None:
+    position = source.start + offset
+    while into.nbytes:
+        count = os.preadv(handle, [into], position)
+        if count == 0:
+            raise UsageError(f"the file ended inside {name}", str(source.file), "it changed while it was read")
+        into, position = into[count:], position + count
+
+
+def _copy(handle: int, sink: int, source: TensorInfo, buffers: Buffers) -> None:
+    position = source.start
+    try:
+        while position < source.stop:
+            count = os.copy_file_range(handle, sink, min(_COPY_BYTES, source.stop - position), offset_src=position)
+            if count == 0:
+                break
+            position += count
+    except OSError as error:
+        if error.errno not in _NO_KERNEL_COPY:
+            raise
+    while position < source.stop:
+        part = buffers.take("stored", (min(BLOCK_BYTES // 4, source.stop - position),), torch.uint8)
+        _read(handle, source, position - source.start, _bytes(part), source.name)
+        _write(sink, _bytes(part))
+        position += part.numel()
