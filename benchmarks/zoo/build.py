@@ -34,7 +34,7 @@ TASKS = tuple(_TASKS)
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Matrices ~ N(0, 1/in), vectors moved by N(0, 0.1²), constant saved buffers (router corrections, logit biases) too."""
+    """Matrices ~ N(0, 1/in), vectors moved by N(0, 0.1²), constant saved buffers (router corrections) too."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
@@ -61,7 +61,7 @@ def save(model: PreTrainedModel, folder: str | Path) -> Path:
 
 
 def tokens(config: PretrainedConfig, batch: int, length: int, seed: int = 0) -> dict[str, Tensor]:
-    """`input_ids` and an all-ones `attention_mask`, [batch, length]; ids avoid the lowest eight and the highest forty."""
+    """`input_ids` and an all-ones `attention_mask`, [batch, length]; ids avoid the special ones at both ends."""
     generator = torch.Generator().manual_seed(seed)
     text = config.get_text_config(decoder=True)
     vocab: Any = getattr(text, "vocab_size", None) or 128

@@ -1,4 +1,4 @@
-"""Real `config.json` fields of Llama, Mistral, Qwen and their relatives; published parameter totals (tied weights once)."""
+"""Real `config.json` fields of Llama, Mistral, Qwen and relatives; published parameter totals (tied weights once)."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ _QWEN3: dict[str, Any] = {
 
 
 def _shape(hidden: int, inner: int, layers: int, heads: int, kv: int) -> dict[str, Any]:
-    return {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
-            "num_key_value_heads": kv}  # fmt: skip
+    return {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv}  # fmt: skip
 
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {
@@ -97,8 +97,9 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
         "vocab_size": 49152, "rope_theta": 100000, "tie_word_embeddings": True, "max_position_embeddings": 8192,
         "bos_token_id": 0, "eos_token_id": 0},
     "SmolLM3-3B": _LLAMA | _shape(2048, 11008, 36, 16, 4) | {
-        "model_type": "smollm3", "vocab_size": 128256, "rope_theta": 5000000.0, "tie_word_embeddings": True, "mlp_bias": False,
-        "max_position_embeddings": 65536, "rms_norm_eps": 1e-6, "no_rope_layer_interval": 4, "use_sliding_window": False,
+        "model_type": "smollm3", "vocab_size": 128256, "rope_theta": 5000000.0, "tie_word_embeddings": True,
+        "mlp_bias": False, "max_position_embeddings": 65536, "rms_norm_eps": 1e-6, "no_rope_layer_interval": 4,
+        "use_sliding_window": False,
         "no_rope_layers": [1, 1, 1, 0] * 9, "bos_token_id": 128000, "eos_token_id": 128001, "pad_token_id": 128004},
     "Mistral-7B-v0.1": _MISTRAL | {"vocab_size": 32000, "rope_theta": 10000.0, "sliding_window": 4096},
     "Mistral-7B-v0.3": _MISTRAL | {"vocab_size": 32768, "rope_theta": 1000000.0, "sliding_window": None},
@@ -106,8 +107,8 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
         "vocab_size": 131072, "head_dim": 128, "rope_theta": 1000000.0, "sliding_window": None,
         "max_position_embeddings": 131072},
     "Mixtral-8x7B": _MISTRAL | {
-        "model_type": "mixtral", "vocab_size": 32000, "rope_theta": 1000000.0, "sliding_window": None, "num_local_experts": 8,
-        "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02, "output_router_logits": False},
+        "model_type": "mixtral", "vocab_size": 32000, "rope_theta": 1000000.0, "sliding_window": None,
+        "num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02, "output_router_logits": False},
     "Qwen2-0.5B": _QWEN2 | _shape(896, 4864, 24, 14, 2) | {"tie_word_embeddings": True, "max_window_layers": 24},
     "Qwen2-7B": _QWEN2 | _shape(3584, 18944, 28, 28, 4) | {
         "vocab_size": 152064, "tie_word_embeddings": False, "max_window_layers": 28},
@@ -122,8 +123,8 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
         "model_type": "olmo", "vocab_size": 50304, "tie_word_embeddings": True, "clip_qkv": None, "rope_theta": 10000.0,
         "max_position_embeddings": 2048, "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 50279},
     "OLMo-2-7B": _LLAMA | _shape(4096, 11008, 32, 32, 32) | {
-        "model_type": "olmo2", "vocab_size": 100352, "rope_theta": 500000, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096,
-        "pad_token_id": 100277, "bos_token_id": None, "eos_token_id": 100257},
+        "model_type": "olmo2", "vocab_size": 100352, "rope_theta": 500000, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 4096, "pad_token_id": 100277, "bos_token_id": None, "eos_token_id": 100257},
     "Granite-3.0-2B": _LLAMA | _shape(2048, 8192, 40, 32, 8) | {
         "model_type": "granite", "vocab_size": 49155, "tie_word_embeddings": True, "embedding_multiplier": 12.0,
         "residual_multiplier": 0.22, "attention_multiplier": 0.015625, "logits_scaling": 8.0, "attention_dropout": 0.1,

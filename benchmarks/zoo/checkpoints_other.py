@@ -1,4 +1,4 @@
-"""Real `config.json` fields of Gemma, Phi, GPT, Falcon, DeepSeek and others; published parameter totals (tied weights once)."""
+"""Real `config.json` fields of Gemma, Phi, GPT, DeepSeek and others; published parameter totals (tied weights once)."""
 
 from __future__ import annotations
 
@@ -101,16 +101,19 @@ _YARN = {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "origina
 
 
 def _shape(hidden: int, inner: int, layers: int, heads: int, kv: int) -> dict[str, Any]:
-    return {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
-            "num_key_value_heads": kv}  # fmt: skip
+    return {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv}  # fmt: skip
 
 
 # Rounded to two decimals.
 _PHI3_SHORT = [1.1, 1.1, 1.1, 1.3, 1.35, 1.35, 1.4, 1.55, *[2.0] * 17, *[2.05] * 6, 2.1, 2.1, 2.15, *[2.25] * 5,
                2.4, 2.45, 2.5, 2.7, 2.7, 2.75, 2.8, 2.9, 3.05]  # fmt: skip
-_PHI3_LONG = [1.07, 1.12, 1.15, 1.42, 1.57, 1.8, 2.13, 2.13, 3.01, 5.91, 6.95, 9.07, 9.93, 10.71, 11.13, 14.61, 15.41, 19.81,
-              37.28, 38.28, 38.6, 40.12, 46.2, 50.94, 53.66, 54.94, 56.9, 57.29, 59.99, 60.87, 60.89, 61.72, 62.92, 62.96,
-              63.42, 63.82, 63.84, 63.9, 63.94, 64.07, 64.11, 64.12, 64.15, 64.19, 64.24, 64.57, 64.69, 64.76]  # fmt: skip
+_PHI3_LONG = [1.07, 1.12, 1.15, 1.42, 1.57, 1.8, 2.13, 2.13, 3.01, 5.91, 6.95, 9.07, 9.93, 10.71, 11.13, 14.61, 15.41,
+    19.81,
+              37.28, 38.28, 38.6, 40.12, 46.2, 50.94, 53.66, 54.94, 56.9, 57.29, 59.99, 60.87, 60.89, 61.72, 62.92,
+              62.96,
+              63.42, 63.82, 63.84, 63.9, 63.94, 64.07, 64.11, 64.12, 64.15, 64.19, 64.24, 64.57, 64.69,
+              64.76]  # fmt: skip
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "Gemma-2B": _GEMMA | _shape(2048, 16384, 18, 8, 1) | {"model_type": "gemma"},
@@ -122,13 +125,16 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": None, "final_logit_softcapping": None, "max_position_embeddings": 32768},
     "Gemma-3n-E2B": _GEMMA | _shape(2048, 8192, 30, 8, 2) | {
         "model_type": "gemma3n_text", "vocab_size": 262400, "vocab_size_per_layer_input": 262144,
-        "hidden_size_per_layer_input": 256, "intermediate_size": [8192] * 30, "num_kv_shared_layers": 10, "sliding_window": 512,
+        "hidden_size_per_layer_input": 256, "intermediate_size": [8192] * 30, "num_kv_shared_layers": 10,
+        "sliding_window": 512,
         "layer_types": ([*["sliding_attention"] * 4, "full_attention"]) * 6, "rope_theta": 1000000.0,
-        "rope_local_base_freq": 10000.0, "activation_sparsity_pattern": [*[0.95] * 10, *[0.0] * 20], "altup_num_inputs": 4,
+        "rope_local_base_freq": 10000.0, "activation_sparsity_pattern": [*[0.95] * 10, *[0.0] * 20],
+        "altup_num_inputs": 4,
         "altup_active_idx": 0, "altup_correct_scale": True, "altup_coef_clip": 120.0, "laurel_rank": 64,
         "final_logit_softcapping": 30.0, "max_position_embeddings": 32768},
     "Phi-2": _shape(2560, 10240, 32, 32, 32) | {
-        "model_type": "phi", "hidden_act": "gelu_new", "vocab_size": 51200, "partial_rotary_factor": 0.4, "qk_layernorm": False,
+        "model_type": "phi", "hidden_act": "gelu_new", "vocab_size": 51200, "partial_rotary_factor": 0.4,
+        "qk_layernorm": False,
         "rope_theta": 10000.0, "layer_norm_eps": 1e-5, "resid_pdrop": 0.1, "max_position_embeddings": 2048,
         "bos_token_id": 50256, "eos_token_id": 50256, "tie_word_embeddings": False},
     "Phi-3-mini-4k": _PHI3 | _shape(3072, 8192, 32, 32, 32) | {
@@ -153,11 +159,11 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
         "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
         "vocab_size": 50304, "hidden_act": "gelu"},
     "OPT-125M": _OPT | {
-        "hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "word_embed_proj_dim": 768,
-        "do_layer_norm_before": True},
+        "hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "word_embed_proj_dim": 768, "do_layer_norm_before": True},
     "OPT-350M": _OPT | {
-        "hidden_size": 1024, "ffn_dim": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "word_embed_proj_dim": 512,
-        "do_layer_norm_before": False},
+        "hidden_size": 1024, "ffn_dim": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "word_embed_proj_dim": 512, "do_layer_norm_before": False},
     "Bloom-560M": {
         "model_type": "bloom", "vocab_size": 250880, "n_embed": 1024, "n_layer": 24, "num_attention_heads": 16,
         "layer_norm_epsilon": 1e-5, "apply_residual_connection_post_layernorm": False, "slow_but_exact": False,
@@ -183,29 +189,34 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
         "eos_token_id": 0},
     "DeepSeek-V2-Lite": _MLA | _shape(2048, 10944, 27, 16, 16) | {
         "model_type": "deepseek_v2", "vocab_size": 102400, "q_lora_rank": None, "moe_intermediate_size": 1408,
-        "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "n_group": 1,
-        "topk_group": 1, "topk_method": "greedy", "norm_topk_prob": False, "routed_scaling_factor": 1.0,
-        "rope_scaling": _YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}, "bos_token_id": 100000, "eos_token_id": 100001},
+        "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1,
+        "n_group": 1, "topk_group": 1, "topk_method": "greedy", "norm_topk_prob": False, "routed_scaling_factor": 1.0,
+        "rope_scaling": _YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}, "bos_token_id": 100000,
+        "eos_token_id": 100001},
     "DeepSeek-V3": _MLA | _shape(7168, 18432, 61, 128, 128) | {
         "model_type": "deepseek_v3", "vocab_size": 129280, "q_lora_rank": 1536, "moe_intermediate_size": 2048,
-        "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 3, "n_group": 8,
-        "topk_group": 4, "topk_method": "noaux_tc", "norm_topk_prob": True, "routed_scaling_factor": 2.5,
-        "scoring_func": "sigmoid", "num_nextn_predict_layers": 1, "rope_scaling": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+        "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 3,
+        "n_group": 8, "topk_group": 4, "topk_method": "noaux_tc", "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid", "num_nextn_predict_layers": 1, "rope_scaling": _YARN | {"mscale": 1.0,
+            "mscale_all_dim": 1.0},
         "bos_token_id": 0, "eos_token_id": 1},
     "gpt-oss-20b": _shape(2880, 2880, 24, 64, 8) | {
         "model_type": "gpt_oss", "hidden_act": "silu", "vocab_size": 201088, "head_dim": 64, "attention_bias": True,
-        "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128, "swiglu_limit": 7.0, "rms_norm_eps": 1e-5,
+        "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128, "swiglu_limit": 7.0,
+        "rms_norm_eps": 1e-5,
         "layer_types": ["sliding_attention", "full_attention"] * 12, "rope_theta": 150000, "tie_word_embeddings": False,
         "rope_scaling": {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
                          "original_max_position_embeddings": 4096},
-        "max_position_embeddings": 131072, "initial_context_length": 4096, "pad_token_id": 199999, "eos_token_id": 200002},
+        "max_position_embeddings": 131072, "initial_context_length": 4096, "pad_token_id": 199999,
+        "eos_token_id": 200002},
     "Command-R": _shape(8192, 22528, 40, 64, 64) | {
         "model_type": "cohere", "hidden_act": "silu", "vocab_size": 256000, "logit_scale": 0.0625, "use_qk_norm": False,
         "layer_norm_eps": 1e-5, "rope_theta": 8000000.0, "attention_bias": False, "max_position_embeddings": 8192,
         "pad_token_id": 0, "bos_token_id": 5, "eos_token_id": 255001},
     "Mamba-130M": {
-        "model_type": "mamba", "vocab_size": 50280, "hidden_size": 768, "num_hidden_layers": 24, "state_size": 16, "expand": 2,
-        "conv_kernel": 4, "intermediate_size": 1536, "time_step_rank": 48, "layer_norm_epsilon": 1e-5, "use_bias": False,
+        "model_type": "mamba", "vocab_size": 50280, "hidden_size": 768, "num_hidden_layers": 24, "state_size": 16,
+        "expand": 2, "conv_kernel": 4, "intermediate_size": 1536, "time_step_rank": 48, "layer_norm_epsilon": 1e-5,
+        "use_bias": False,
         "use_conv_bias": True, "hidden_act": "silu", "residual_in_fp32": True, "bos_token_id": 0, "eos_token_id": 0},
 }  # fmt: skip
 

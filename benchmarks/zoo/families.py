@@ -15,7 +15,8 @@ _TWO_ROPES = {
     "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
 }
 _BASE: dict[str, Any] = {
-    "vocab_size": VOCAB, "max_position_embeddings": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+    "vocab_size": VOCAB, "max_position_embeddings": 64, "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 _GQA = _BASE | {"num_key_value_heads": 2, "head_dim": 8}
@@ -25,7 +26,8 @@ _ENCODER = _BASE | {
     "num_hidden_layers": 2, "type_vocab_size": 2, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
 }  # fmt: skip
 _T5 = {
-    "vocab_size": VOCAB, "d_model": 32, "d_kv": 12, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
+    "vocab_size": VOCAB, "d_model": 32, "d_kv": 12, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2,
+    "num_heads": 4,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "dropout_rate": 0.1,
     "decoder_start_token_id": 0,
 }  # fmt: skip
@@ -69,7 +71,8 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3": ("qwen3", "causal-lm", _GQA | {"tie_word_embeddings": True}),
     "olmo2": ("olmo2", "causal-lm", _BASE | {"num_key_value_heads": 2}),
     "phi": ("phi", "causal-lm", _BASE | {
-        "qk_layernorm": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+        "qk_layernorm": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5}}),
     "phi3": ("phi3", "causal-lm", _BASE | {"num_key_value_heads": 2, "sliding_window": WINDOW}),
     "gpt_neox": ("gpt_neox", "causal-lm", _BASE | {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}}),
@@ -107,5 +110,5 @@ def tiny_config(name: str) -> PretrainedConfig:
 
 
 def task_of(name: str) -> str:
-    """The task `build` should give the family: most are causal LMs, T5 and BART seq2seq, the encoders have a head each."""
+    """The task to `build` the family for: most are causal LMs, T5 and BART seq2seq, the encoders have a head each."""
     return _FAMILIES[name][1]

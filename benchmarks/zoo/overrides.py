@@ -20,7 +20,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1, "topk_method": "greedy", "n_group": 1, "topk_group": 1},
+    "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1, "topk_method": "greedy", "n_group": 1,
+        "topk_group": 1},
     "dots1": {
         "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -31,7 +32,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
         "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
     },
-    "granitemoehybrid": _SSM | {"layer_types": ["linear_attention", "full_attention"] * 2, "position_embedding_type": "rope"},
+    "granitemoehybrid": _SSM | {"layer_types": ["linear_attention", "full_attention"] * 2,
+        "position_embedding_type": "rope"},
     "hrm_text": {"num_hidden_layers": 4, "num_layers_per_stack": 2, "H_cycles": 1, "L_cycles": 1, "L_bp_cycles": [1]},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
@@ -43,15 +45,18 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "phi4_multimodal": {
         "vision_config": {"hidden_size": 32, "crop_size": 28, "image_size": 28, "patch_size": 14},
-        "audio_config": {"nemo_conv_channels": 8, "hidden_size": 32, "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32},
+        "audio_config": {"nemo_conv_channels": 8, "hidden_size": 32, "ext_pw_out_channel": 32,
+            "depthwise_separable_out_channel": 32},
     },
     "qwen4_exp_text": {
-        "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2,
-        "hc_lowrank": 16, "ple_embed_dim": 16, "ngram_vocab_size_base": 64, "split_ngram_parts": 4, "heads_per_ngram": 2,
-        "make_ngram_vocab_size_divisible_by": 8,
+        "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "hc_lowrank": 16, "ple_embed_dim": 16, "ngram_vocab_size_base": 64, "split_ngram_parts": 4,
+        "heads_per_ngram": 2, "make_ngram_vocab_size_divisible_by": 8,
     },
     "reformer": {
-        "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [32, 32], "attention_head_size": 16, "local_attn_chunk_length": 4,
+        "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [32, 32], "attention_head_size": 16,
+        "local_attn_chunk_length": 4,
         "lsh_attn_chunk_length": 4, "num_buckets": 4, "hash_seed": 0, "attn_layers": ["local", "lsh", "local", "lsh"],
     },
     "roc_bert": {"pronunciation_embed_dim": 16, "shape_embed_dim": 16},
@@ -63,7 +68,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2,
     },
     "zamba2": {
-        "attention_hidden_size": 128, "attention_head_dim": 32, "n_mamba_heads": 8, "mamba_headdim": 16, "kv_channels": 16,
+        "attention_hidden_size": 128, "attention_head_dim": 32, "n_mamba_heads": 8, "mamba_headdim": 16,
+        "kv_channels": 16,
         "num_query_groups": 4, "adapter_rank": 8, "use_mamba_kernels": False, "num_hidden_layers": 6,
         "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [2, 5],
     },
@@ -80,7 +86,7 @@ EXTRA_INPUTS: dict[str, dict[str, Any]] = {"blt": {"use_cache": False}}
 _DRAFTS = (
     "a draft head: it takes another model's hidden states and K/V instead of tokens, so it is no language model alone"
 )
-_MUSIC = "AutoModelForCausalLM hands its class the composite config, and the class wants the decoder's: transformers cannot build it"
+_MUSIC = "AutoModelForCausalLM hands its class the composite config, which lacks the decoder's fields"
 CANNOT: dict[str, str] = {
     "gemma3n": "its vision tower needs the package timm; the text model is gemma3n_text",
     "gemma4_assistant": _DRAFTS,

@@ -36,7 +36,7 @@ def full(name: str) -> PretrainedConfig:
 
 
 def shrunk(name: str) -> PretrainedConfig:
-    """`full(name)` with sizes only reduced: GQA ratio, head/hidden relation, rope, layer kinds, tying and multipliers stay."""
+    """`full(name)` with sizes reduced: query/key ratio, head/hidden relation, rope, layer kinds, multipliers stay."""
     config = full(name)
     fields = config.to_dict()
     small = shrink(fields, SIZES | _positions(fields)) | _heads(config, fields)
@@ -94,7 +94,7 @@ def _window(fields: Fields) -> Fields:
 
 
 def _rope(fields: Fields, small: Fields) -> Fields:
-    """longrope's factors, one per rotary pair, sampled evenly for the smaller head."""
+    """The factors of longrope, one per rotary pair, sampled evenly for the smaller head."""
     rope: dict[str, Any] = fields.get("rope_parameters") or {}
     if "short_factor" not in rope:
         return {}

@@ -28,24 +28,30 @@ _SAME: tuple[tuple[int, tuple[str, ...]], ...] = (
         "cross_attention_hidden_size", "backbone_hidden_size",
     )),
     (HEADS, (
-        "num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "encoder_attention_heads", "attention_heads",
+        "num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "encoder_attention_heads",
+        "attention_heads",
         "num_encoder_attention_heads", "num_decoder_attention_heads", "linear_num_value_heads", "linear_num_heads",
-        "index_n_heads", "num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "swa_num_attention_heads",
-        "num_heads",
+        "index_n_heads", "num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts",
+        "swa_num_attention_heads", "num_heads",
     )),
     (HEAD_DIM, (
-        "head_dim", "dim_head", "d_head", "d_kv", "attention_head_size", "attention_head_dim", "kv_channels", "global_head_dim",
-        "linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "index_head_dim", "kv_lora_rank", "state_size",
-        "ssm_state_size", "mamba_d_state", "mamba_d_head", "mamba_head_dim", "mamba_headdim", "qk_nope_head_dim", "swa_head_dim",
-        "laurel_rank", "hidden_size_per_layer_input", "swa_v_head_dim", "shared_experts_intermediate_size", "time_step_rank", "mamba_dt_rank",
+        "head_dim", "dim_head", "d_head", "d_kv", "attention_head_size", "attention_head_dim", "kv_channels",
+        "global_head_dim",
+        "linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "index_head_dim", "kv_lora_rank",
+        "state_size",
+        "ssm_state_size", "mamba_d_state", "mamba_d_head", "mamba_head_dim", "mamba_headdim", "qk_nope_head_dim",
+        "swa_head_dim", "laurel_rank", "hidden_size_per_layer_input", "shared_experts_intermediate_size",
+        "time_step_rank", "mamba_dt_rank",
     )),
-    (48, ("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size", "expert_ffn_hidden_size",
+    (48, ("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size",
+        "expert_ffn_hidden_size",
          "moe_shared_expert_intermediate_size")),
     (96, ("intermediate_size", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_dim", "dim_ff", "n_inner", "ffn_hidden_size",
          "feed_forward_size", "intermediate_size_mlp", "dense_intermediate_size", "dff", "d_inner", "d_ff")),
-    (24, ("q_lora_rank", "v_head_dim")),
-    (8, ("qk_rope_head_dim", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "rotary_dim", "index_topk", "chunk_size",
-        "mamba_chunk_size", "o_lora_rank")),
+    (24, ("q_lora_rank",)),
+    (12, ("v_head_dim", "swa_v_head_dim")),
+    (8, ("qk_rope_head_dim", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "rotary_dim", "index_topk",
+        "chunk_size", "mamba_chunk_size", "o_lora_rank")),
     (POSITIONS, (
         "max_position_embeddings", "n_positions", "max_seq_len", "context_length", "max_source_positions",
         "max_target_positions", "model_max_length", "n_ctx", "max_sequence_length",
@@ -64,7 +70,7 @@ _DEPTH = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 
 
 def layer_sample(columns: Iterable[list[Any]], keep: int = LAYERS) -> list[int]:
-    """Indices of `keep` layers in order that show every kind of layer, a kind being equal entries in all per-layer lists."""
+    """Indices of `keep` layers in order that show each kind, a kind being equal entries in all per-layer lists."""
     kinds = [repr(row) for row in zip(*columns, strict=True)]
     first = sorted({kind: i for i, kind in reversed(list(enumerate(kinds)))}.values())[:keep]
     rest = [i for i in range(len(kinds)) if i not in first]
@@ -72,7 +78,7 @@ def layer_sample(columns: Iterable[list[Any]], keep: int = LAYERS) -> list[int]:
 
 
 def shrink(fields: Mapping[str, Any], sizes: Mapping[str, Any] = SIZES) -> Fields:
-    """`fields` with every size field from `sizes`, per-layer lists cut alike, token ids inside the vocabulary, nested configs too."""
+    """`fields` with sizes from `sizes`, per-layer lists cut alike, token ids in the vocabulary, nested configs too."""
     out = {name: _value(name, value, fields, sizes) for name, value in fields.items()}
     out |= _per_layer(fields, sizes)
     if fields.get("head_dim") and fields["head_dim"] == fields.get("qk_rope_head_dim"):
