@@ -1,0 +1,74 @@
+"""From an fx graph to a Python function, in a training and an evaluation variant.
+
+Functions take the module that owns the graph's tensors as first argument, so equal layers share them as they share the
+graph. The evaluation variant has no dropout; a graph without dropout has one function for both.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from surgeon.graph import copied, sweep
+
+aten = torch.ops.aten
+_DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.dropout_.default}
+
+
+@dataclass(frozen=True)
+class Code:
+    """A graph as functions of (module, *inputs)."""
+
+    train: Callable[..., Any]
+    evaluate: Callable[..., Any]
+
+
+_codes: weakref.WeakKeyDictionary[fx.Graph, tuple[int, Code]] = weakref.WeakKeyDictionary()
+
+
+def code(graph: fx.Graph) -> Code:
+    """The compiled graph; compiled once per graph object and number of nodes."""
+    known = _codes.get(graph)
+    if known is None or known[0] != len(graph.nodes):
+        train = _function(graph)
+        quiet = without_dropout(graph)
+        known = (len(graph.nodes), Code(train, _function(quiet) if quiet is not graph else train))
+        _codes[graph] = known
+    return known[1]
+
+
+def without_dropout(graph: fx.Graph) -> fx.Graph:
+    """The same graph with every dropout switched off; the graph itself if it has none."""
+    if not any(_drops(node) for node in graph.nodes):
+        return graph
+    quiet, _ = copied(graph)
+    for node in list(quiet.nodes):
+        if node.target is torch.ops.surgeon.attention.default:
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k != "dropout_p"}
+        elif node.target is aten.scaled_dot_product_attention.default and len(node.args) > 4:
+            node.args = (*node.args[:4], 0.0, *node.args[5:])
+        elif _drops(node):
+            node.replace_all_uses_with(node.args[0])
+    sweep(quiet)
+    return quiet
+
+
+def _drops(node: fx.Node) -> bool:
+    if node.target is torch.ops.surgeon.attention.default:
+        return bool(node.kwargs.get("dropout_p"))
+    if node.target is aten.scaled_dot_product_attention.default:
+        return len(node.args) > 4 and bool(node.args[4])
+    return node.target in _DROPOUTS
+
+
+def _function(graph: fx.Graph) -> Callable[..., Any]:
+    python = graph.python_code("self")
+    scope: dict[str, Any] = dict(python.globals)
+    exec(compile(python.src, "<surgeon graph>", "exec"), scope)
+    function: Callable[..., Any] = scope["forward"]
+    return function

@@ -1,0 +1,165 @@
+"""A `Graph` as a `torch.nn.Module` with the Hugging Face model's parameter names and call.
+
+Layers are modules of their own: the unit of activation checkpointing, and of streaming, where a layer's weights are
+read when it runs and dropped after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from surgeon import ops
+from surgeon.compile import code
+from surgeon.errors import UsageError
+from surgeon.graph import Graph, TensorSpec
+
+assert ops  # registers the operators
+
+
+class Scope(nn.Module):
+    """A module that only holds tensors and other modules."""
+
+    def forward(self, *args: Any) -> Any:
+        raise UsageError("this part of the model has no function of its own", type(self).__name__)
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        """The dtype that "the dtype of the model" means here."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    @property
+    def model_device(self) -> torch.device:
+        """The device that "the device of the model" means here."""
+        return next(self.parameters()).device
+
+
+class Layer(Scope):
+    """One layer: its tensors, and the function it shares with its equals."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__()
+        self.graph = graph
+        self.checkpointing = False
+
+    def forward(self, *args: Any) -> Any:
+        """Run the layer; with checkpointing its activations are recomputed in the backward pass."""
+        function = code(self.graph).train if self.training else code(self.graph).evaluate
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(function, self, *args, use_reentrant=False)
+        return function(self, *args)
+
+
+class StreamedLayer(Scope):
+    """A layer whose tensors are read from the graph's values each time it runs."""
+
+    def __init__(self, owner: Graph, path: str, dtype: torch.dtype | None, device: torch.device) -> None:
+        super().__init__()
+        self.owner, self.path, self.dtype, self.device = owner, path, dtype, device
+
+    def forward(self, *args: Any) -> Any:
+        """Load, run, drop."""
+        layer = Layer(self.owner.layers[self.path])
+        prefix = f"{self.path}."
+        for name in self.owner.tensors:
+            if name.startswith(prefix):
+                place(layer, name.removeprefix(prefix), *_loaded(self.owner, name, self.dtype, self.device))
+        return layer.eval()(*args)
+
+
+class GraphModule(Scope):
+    """The trunk and its layers as one module; `forward` takes the graph's inputs and returns its outputs."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def run(self, trunk: fx.Graph, *inputs: Any) -> tuple[Any, ...]:
+        """Run a trunk (the graph's own, or a variant such as the one without its head) on this module's tensors."""
+        compiled = code(trunk)
+        result: tuple[Any, ...] = (compiled.train if self.training else compiled.evaluate)(self, *inputs)
+        return result
+
+    def forward(self, *inputs: Any) -> Any:
+        """The graph's outputs as a tuple, from its inputs in order."""
+        return self.run(self.graph.trunk, *inputs)
+
+    def layers(self) -> Iterator[Layer]:
+        """The layers that are loaded."""
+        return (module for module in self.modules() if isinstance(module, Layer))
+
+
+def load(
+    graph: Graph,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    stream: bool = False,
+    into: GraphModule | None = None,
+) -> GraphModule:
+    """Build the module of a graph and read its tensors.
+
+    Args:
+        graph: a graph with values.
+        dtype: the dtype of the model; None keeps each tensor's own.
+        device: where the tensors go.
+        stream: read each layer's tensors only while it runs, for models larger than memory (evaluation only).
+        into: a module to fill instead of a new one.
+
+    Raises:
+        UsageError: a tensor has no value.
+    """
+    where = torch.device(device)
+    root = into if into is not None else GraphModule(graph)
+    for path, shared in graph.layers.items():
+        _add(root, path, StreamedLayer(graph, path, dtype, where) if stream else Layer(shared))
+    streamed = tuple(f"{path}." for path in graph.layers) if stream else ()
+    for name in graph.tensors:
+        if not (streamed and name.startswith(streamed)):
+            place(root, name, *_loaded(graph, name, dtype, where))
+    for alias, name in graph.ties.items():
+        if not (streamed and alias.startswith(streamed)):
+            owner, leaf = _parent(root, alias)
+            owner.register_parameter(leaf, root.get_parameter(name))
+    return root.eval()
+
+
+def _loaded(
+    graph: Graph, name: str, dtype: torch.dtype | None, device: torch.device
+) -> tuple[torch.Tensor, TensorSpec]:
+    spec = graph.tensors[name]
+    if name in graph.inserted:
+        tensor = graph.inserted[name]()
+    elif name in graph.values:
+        tensor = graph.values[name]
+    else:
+        raise UsageError(f"no value for {name}", graph.source or type(graph.config).__name__, "load a checkpoint")
+    wanted = spec.dtype or (dtype if tensor.is_floating_point() else None)
+    return tensor.to(device=device, dtype=wanted or tensor.dtype), spec
+
+
+def place(root: nn.Module, name: str, tensor: torch.Tensor, spec: TensorSpec) -> None:
+    """Register a tensor under its dotted name, making the modules on the way."""
+    owner, leaf = _parent(root, name)
+    if spec.parameter:
+        owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=spec.trainable))
+    else:
+        owner.register_buffer(leaf, tensor, persistent=spec.persistent)
+
+
+def _parent(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, Scope())
+        root = root._modules[part]  # type: ignore[assignment]
+    return root, leaf
+
+
+def _add(root: nn.Module, path: str, module: nn.Module) -> None:
+    owner, leaf = _parent(root, path)
+    owner.add_module(leaf, module)

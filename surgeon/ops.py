@@ -1,0 +1,190 @@
+"""The operators that surgeon adds to a captured graph, registered as `torch.ops.surgeon.*`.
+
+`attention` is the one node per attention that every attention pass edits. `enter`, `leave` and `layer` exist only while
+a model is captured (see `surgeon.capture`). The attention kernel is CompositeImplicitAutograd over torch's own SDPA: it
+stays one node through `torch.export`, trains, and works under autocast.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch.nn import functional as F
+
+_LIBRARY = torch.library.Library("surgeon", "DEF")
+
+_LIBRARY.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? bias=None, Tensor? sinks=None, *, float scale, "
+    "bool causal=False, int window=0, int chunk=0, float softcap=0.0, float dropout_p=0.0, str role='self') -> Tensor"
+)
+_LIBRARY.define("enter(Tensor[] xs, str path) -> Tensor[]")
+_LIBRARY.define("leave(Tensor[] xs, str path) -> Tensor[]")
+_LIBRARY.define("layer(Tensor[] xs, SymInt[] sizes, str path) -> Tensor[]")
+
+
+def key_offset(queries: int, keys: int) -> int:
+    """Index of the first query among the keys: queries are the last ones (K/V cache, prefix columns)."""
+    return keys - queries
+
+
+def visible(
+    mask: torch.Tensor | None, queries: int, keys: int, *, causal: bool, window: int, chunk: int, device: torch.device
+) -> torch.Tensor | None:
+    """Which key each query may see, `[b | 1, 1, t, s]` boolean, or None where every query sees every key.
+
+    Args:
+        mask: key padding `[b, s]`, True where the key is a token.
+        queries: number of queries t; they are the last t of the s positions.
+        keys: number of keys s.
+        causal: key position <= query position.
+        window: with `causal`, key > query - window; without, |query - key| <= window. 0 means no window.
+        chunk: query and key lie in the same chunk of this length, counted from the first unpadded key. 0 means none.
+        device: where the result lives.
+    """
+    allowed = None if mask is None else mask.to(torch.bool)[:, None, None, :]
+    if not (causal or window or chunk):
+        return allowed
+    key = torch.arange(keys, device=device)
+    query = torch.arange(queries, device=device)[:, None] + key_offset(queries, keys)
+    padding = _leading_padding(mask)[:, None, None] if chunk and mask is not None else 0
+    seen = pattern(query, key, padding, causal=causal, window=window, chunk=chunk)
+    seen = seen[:, None] if seen.dim() == 3 else seen[None, None]
+    return seen if allowed is None else allowed & seen
+
+
+def pattern(
+    query: torch.Tensor, key: torch.Tensor, padding: torch.Tensor | int, *, causal: bool, window: int, chunk: int
+) -> torch.Tensor:
+    """The part of `visible` that depends on positions alone, for broadcastable index tensors and leading padding."""
+    rules = []
+    if causal:
+        rules.append(key <= query)
+    if window:
+        rules.append(key > query - window if causal else (key - query).abs() <= window)
+    if chunk:
+        rules.append(_floor(key - padding, chunk) == _floor(query - padding, chunk))
+    return functools.reduce(torch.logical_and, rules) if rules else (query >= 0) & (key >= 0)
+
+
+def _floor(position: torch.Tensor, chunk: int) -> torch.Tensor:
+    return torch.div(position, chunk, rounding_mode="floor")
+
+
+def _leading_padding(mask: torch.Tensor) -> torch.Tensor:
+    """Number of padded keys before the first token, `[b]`."""
+    return (mask.to(torch.int64).cumsum(-1) == 0).sum(-1)
+
+
+def _tracing(x: torch.Tensor) -> bool:
+    return torch.compiler.is_compiling() or isinstance(x, torch._subclasses.FakeTensor)
+
+
+def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """`[b, h_kv, s, d]` → `[b, heads, s, d]`, each K/V head serving heads / h_kv consecutive query heads."""
+    batch, kv_heads, keys, size = x.shape
+    if kv_heads == heads:
+        return x
+    return x[:, :, None].expand(batch, kv_heads, heads // kv_heads, keys, size).reshape(batch, heads, keys, size)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = False,
+    window: int = 0,
+    chunk: int = 0,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    role: str = "self",
+) -> torch.Tensor:
+    """softmax(softcap(scale · q kᵀ) + bias, over visible keys and the sink) v, a row that sees no key giving 0.
+
+    Args:
+        q: queries `[b, h, t, d]`.
+        k: keys `[b, h_kv, s, d]`, s >= t; the queries are the last t positions.
+        v: values `[b, h_kv, s, d_v]`.
+        mask: key padding `[b, s]`, True where the key is a token.
+        bias: additive float, or boolean (True = visible), broadcastable to `[b, h, t, s]`.
+        sinks: one extra logit per head `[h]` that takes softmax mass and has no value (gpt-oss).
+        scale: factor on the scores.
+        causal: see `visible`, as `window` and `chunk`.
+        window: width of the sliding window, 0 for none.
+        chunk: length of the attention chunks, 0 for none.
+        softcap: c in c · tanh(scores / c), 0 for none (Gemma 2).
+        dropout_p: probability of dropping an attention weight.
+        role: "self", or "cross" when k and v come from an encoder. Read by passes, not by the arithmetic.
+
+    Returns:
+        `[b, h, t, d_v]`.
+    """
+    queries, keys, grouped = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
+    if not _tracing(q):
+        if mask is not None and bool(mask.all()):
+            mask = None  # a mask that hides nothing would only cost the [t, s] additions
+        if window and window >= keys:
+            window = 0
+    plain = bias is None and sinks is None and not softcap
+    if plain and mask is None and not window and not chunk and (not causal or _square(q, queries, keys)):
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout_p, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+    seen = visible(mask, queries, keys, causal=causal, window=window, chunk=chunk, device=q.device)
+    if bias is not None and bias.dtype == torch.bool:
+        seen, bias = (bias if seen is None else seen & bias), None
+    if sinks is None and not softcap:
+        added = _joined(seen, bias, q)
+        return F.scaled_dot_product_attention(q, k, v, added, dropout_p, scale=scale, enable_gqa=grouped)
+    k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
+    return _explicit(q, k, v, seen, bias, sinks, scale, softcap, dropout_p)
+
+
+def _square(q: torch.Tensor, queries: int, keys: int) -> bool:
+    """SDPA's own causal triangle is anchored top left, which is ours only when there are as many keys as queries."""
+    return not _tracing(q) and queries == keys
+
+
+def _joined(seen: torch.Tensor | None, bias: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+    if bias is None or seen is None:
+        return seen if bias is None else bias.to(q.dtype)
+    return bias.to(q.dtype).masked_fill(~seen, float("-inf"))
+
+
+def _explicit(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> torch.Tensor:
+    """Attention with what SDPA has no argument for: soft caps and sinks. The softmax is taken in fp32."""
+    scores = (q @ k.transpose(-1, -2)) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.float()
+    if bias is not None:
+        scores = scores + bias
+    if seen is not None:
+        scores = scores.masked_fill(~seen, torch.finfo(torch.float32).min)
+    if sinks is not None:
+        column = sinks.float().reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        weights = torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
+    else:
+        weights = torch.softmax(scores, -1)
+    if seen is not None:
+        weights = weights.masked_fill(~seen, 0.0)
+    weights = F.dropout(weights.to(v.dtype), dropout_p) if dropout_p else weights.to(v.dtype)
+    return weights @ v
+
+
+_LIBRARY.impl("attention", attention, "CompositeImplicitAutograd")

@@ -1,0 +1,248 @@
+"""Training what the passes inserted: one call around Hugging Face's Trainer, resumable to the bit."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from surgeon.data import Collator
+from surgeon.errors import UnsupportedError, UsageError, nearest
+from surgeon.loss_log import LossLog, ProgressBar, plot_log, read_log
+from surgeon.render import Rendered, load_data
+from surgeon.trainer import Hook, SurgeonTrainer, check_same_run, checkpoints
+
+SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. One of `steps` and `epochs` (default: one epoch); `warmup` is steps, or a share of all below 1.
+
+    A step is `gradient_accumulation` batches of `batch_size` samples. `weight_decay` is AdamW's, `max_grad_norm` clips
+    (0: not). `precision` "bf16" is autocast; parameters stay as they are. `eval_every` and `save_every` count steps.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    lr: float = 2e-4
+    scheduler: str = "cosine"
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_length: int | None = None
+    seed: int = 0
+    precision: str = "fp32"
+    gradient_checkpointing: bool = False
+    eval_every: int | None = None
+    save_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "epochs", "batch_size", "gradient_accumulation", "lr", "eval_every", "save_every"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"{name} = {value} is not above 0", "training options", f"use a positive {name}")
+        for name in ("warmup", "weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name} = {getattr(self, name)} is below 0", "training options", "use 0 or more")
+        for name, known in (("scheduler", tuple(SCHEDULERS)), ("precision", PRECISIONS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise UsageError(f"unknown {name} `{value}`", "training options", f"use {nearest(value, known)}")
+        if self.steps is not None and self.epochs is not None:
+            raise UsageError("both steps and epochs are given", "training options", "give one of them")
+
+    def total_steps(self, samples: int) -> int:
+        """The optimiser steps of a run over `samples` samples."""
+        if self.steps is not None:
+            return self.steps
+        batches = math.ceil(samples / self.batch_size)
+        return max(1, math.ceil((self.epochs or 1) * math.ceil(batches / self.gradient_accumulation)))
+
+    def warmup_steps(self, total: int) -> int:
+        """The steps over which the learning rate rises from 0."""
+        return math.ceil(self.warmup * total) if self.warmup < 1 else int(self.warmup)
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a run did. Losses are nats per trained token; `loss` is the mean over the last tenth of the steps."""
+
+    steps: int
+    first_loss: float
+    loss: float
+    eval_loss: float | None
+    samples: int
+    trainable_parameters: int
+    tokens_per_second: float
+    seconds: float
+    peak_rss_bytes: int
+    resumed_from: int | None
+    log: Path
+    plot: Path
+    checkpoint: Path | None
+
+
+def train(
+    model: nn.Module,
+    tokenizer: Any,
+    data: Rendered | str | Path,
+    *,
+    out: str | Path,
+    eval_data: Rendered | str | Path | None = None,
+    resume: bool | str = False,
+    hooks: Sequence[Hook] = (),
+    progress: bool = True,
+    recipe: Recipe | None = None,
+    **options: Any,
+) -> TrainReport:
+    """Trains the parameters of `model` that require gradients, on the device it is on, and leaves them trained.
+
+    `data` is a file or rendered samples; `options` are the fields of Recipe. Writes to `out`: loss.jsonl, loss.png and
+    checkpoint-N every `save_every` steps and at the end. `resume` continues from the newest checkpoint there (True: there
+    must be one; "auto": if there is one), and equals the run that was never interrupted, bit for bit on CPU.
+    Raises UsageError for bad options, data or checkpoints, CheckFailed when the loss or the gradient is not finite.
+    """
+    recipe = recipe or make_recipe(options)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not trainable:
+        raise UsageError("no parameter of the model trains", type(model).__name__, "apply a method to it first")
+    samples = _samples(data, tokenizer, recipe)
+    held_out = None if eval_data is None else _samples(eval_data, tokenizer, recipe)
+    out = Path(out)
+    run = _run(recipe, samples, held_out)
+    checkpoint = _checkpoint(out, resume)
+    if checkpoint is not None:
+        check_same_run(checkpoint, run)
+    done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    _set_checkpointing(model, recipe.gradient_checkpointing)
+    began = time.perf_counter()
+    log, bar = LossLog(out / "loss.jsonl", done), ProgressBar(run["total_steps"], done, progress)
+    try:
+        trainer = SurgeonTrainer(
+            model=model,
+            args=_arguments(recipe, out, run["total_steps"], model, held_out is not None),
+            train_dataset=samples,
+            eval_dataset=held_out,
+            data_collator=Collator.of(tokenizer),
+            hooks=hooks,
+            log=log,
+            bar=bar,
+            run=run,
+            tokenizer=tokenizer,
+        )
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        bar.close()
+        model.zero_grad(set_to_none=True)
+    plot = out / "loss.png"
+    plot_log(log.path, plot, f"{run['total_steps']} steps, {trainable:,} trained parameters")
+    return _report(trainer, log, plot, trainable, len(samples), time.perf_counter() - began, done)
+
+
+def make_recipe(options: dict[str, Any]) -> Recipe:
+    """The recipe of the options given by name. Raises UsageError for an unknown one."""
+    known = [field.name for field in fields(Recipe)]
+    for name in options:
+        if name not in known:
+            raise UsageError(f"unknown option `{name}`", "training options", f"use {nearest(name, known)}")
+    return Recipe(**options)
+
+
+def _samples(data: Rendered | str | Path, tokenizer: Any, recipe: Recipe) -> Rendered:
+    return data if isinstance(data, Rendered) else load_data(data, tokenizer, recipe.max_length)
+
+
+def _run(recipe: Recipe, samples: Rendered, held_out: Rendered | None) -> dict[str, Any]:
+    """What must be equal for a run to be resumed; how often it saves may change."""
+    options = {name: value for name, value in asdict(recipe).items() if name != "save_every"}
+    held_out_digest = None if held_out is None else held_out.digest
+    total = recipe.total_steps(len(samples))
+    return {**options, "total_steps": total, "data": samples.digest, "eval_data": held_out_digest}
+
+
+def _checkpoint(out: Path, resume: bool | str) -> Path | None:
+    """The checkpoint to resume from, or None to begin."""
+    if resume not in (True, False, "auto"):
+        raise UsageError(f"unknown resume mode `{resume}`", "training options", "use true, false or auto")
+    found = checkpoints(out)
+    if resume is True and not found:
+        raise UsageError("there is no checkpoint to resume from", str(out), "train without resuming")
+    if not resume and found:
+        hint = "resume it, delete its checkpoints, or train in another folder"
+        raise UsageError(f"an earlier run is here, at step {found[-1].name.split('-')[1]}", str(out), hint)
+    return found[-1] if found and resume else None
+
+
+def _set_checkpointing(model: nn.Module, wanted: bool) -> None:
+    switch = getattr(model, "gradient_checkpointing_enable", None)
+    if wanted and switch is None:
+        what = f"{type(model).__name__} has no gradient checkpointing"
+        raise UnsupportedError(what, "gradient_checkpointing", "train without it, with smaller batches")
+    if wanted and switch is not None:
+        switch()
+
+
+def _arguments(recipe: Recipe, out: Path, total: int, model: nn.Module, evaluates: bool) -> Any:
+    cpu = next(model.parameters()).device.type == "cpu"
+    return transformers.TrainingArguments(
+        output_dir=str(out),
+        max_steps=total,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation,
+        learning_rate=recipe.lr,
+        lr_scheduler_type=SCHEDULERS[recipe.scheduler],
+        warmup_steps=recipe.warmup_steps(total),
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        save_strategy="steps" if recipe.save_every else "no",
+        save_steps=recipe.save_every or total,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=recipe.eval_every or total,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        dataloader_pin_memory=not cpu,
+        use_cpu=cpu,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _report(
+    trainer: SurgeonTrainer, log: LossLog, plot: Path, trainable: int, samples: int, seconds: float, done: int
+) -> TrainReport:
+    lines = read_log(log.path)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    last = losses[-max(len(losses) // 10, 1) :]
+    held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    saved = checkpoints(Path(trainer.args.output_dir))
+    return TrainReport(
+        steps=trainer.state.global_step,
+        first_loss=losses[0],
+        loss=sum(last) / len(last),
+        eval_loss=held_out[-1] if held_out else None,
+        samples=samples,
+        trainable_parameters=trainable,
+        tokens_per_second=trainer.tokens_seen / seconds,
+        seconds=seconds,
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        resumed_from=done or None,
+        log=log.path,
+        plot=plot,
+        checkpoint=saved[-1] if saved else None,
+    )
