@@ -187,3 +187,9 @@ def test_a_longrope_keeps_one_factor_per_rotary_pair() -> None:
     rope, pairs = config.rope_parameters, config.hidden_size // config.num_attention_heads // 2
     assert len(rope["short_factor"]) == len(rope["long_factor"]) == pairs
     assert set(rope["long_factor"]) <= set(popular.full("Phi-3-mini-128k").rope_parameters["long_factor"])
+
+
+def test_padding_stands_left_in_the_first_row() -> None:
+    batch = tokens(families.tiny_config("roberta"), 2, 6, padding=2)
+    assert batch["attention_mask"].tolist() == [[0, 0, 1, 1, 1, 1], [1] * 6]
+    assert batch["input_ids"][0, :2].tolist() == [1, 1]

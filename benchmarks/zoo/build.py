@@ -60,10 +60,13 @@ def save(model: PreTrainedModel, folder: str | Path) -> Path:
     return Path(folder)
 
 
-def tokens(config: PretrainedConfig, batch: int, length: int, seed: int = 0) -> dict[str, Tensor]:
-    """`input_ids` and an all-ones `attention_mask`, [batch, length]; ids avoid the special ones at both ends."""
+def tokens(config: PretrainedConfig, batch: int, length: int, seed: int = 0, padding: int = 0) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, [batch, length], the first row left-padded; ids avoid the special ones."""
     generator = torch.Generator().manual_seed(seed)
     text = config.get_text_config(decoder=True)
     vocab: Any = getattr(text, "vocab_size", None) or 128
     ids = torch.randint(8, max(vocab - 40, 9), (batch, length), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    pad = getattr(text, "pad_token_id", None) or 0
+    return {"input_ids": torch.where(mask.bool(), ids, pad), "attention_mask": mask}

@@ -66,6 +66,9 @@ SIZES: dict[str, int] = {field: value for value, fields in _SAME for field in fi
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_query_groups", "swa_num_key_value_heads",
              "num_global_key_value_heads")  # fmt: skip
 _HEADS = ("num_attention_heads", "n_heads", "n_head", "num_heads")
+# One expert per token stays one, no dense layer stays none.
+_COUNTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "first_k_dense_replace",
+           "num_dense_layers")  # fmt: skip
 _DEPTH = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 
 
@@ -113,7 +116,7 @@ def _value(name: str, value: Any, fields: Mapping[str, Any], sizes: Mapping[str,
         return HEADS if value == heads else min(value, 2)
     if name in ("n_group", "num_expert_group", "topk_group"):
         return min(value, 1 if name == "topk_group" else 2)
-    return sizes.get(name, value)
+    return min(value, sizes[name]) if name in _COUNTS else sizes.get(name, value)
 
 
 def _token_ids(fields: Fields) -> Fields:
