@@ -99,11 +99,17 @@ def merge(base: Path, out: Path, targets: str) -> dict[str, Any]:
     began = time.perf_counter()
     checkpoint = Checkpoint.open(base)
     generator = torch.Generator().manual_seed(0)
+    space = torch.empty(32 << 20)
 
     def delta(shape: tuple[int, ...]) -> Any:
         a = torch.randn(RANK, shape[1], generator=generator) * 0.01
         b = torch.randn(shape[0], RANK, generator=generator) * 0.01
-        return lambda weight, rows: weight.add_((b[rows] @ a).mul_(2.0))
+
+        def merged(weight: torch.Tensor, rows: slice) -> torch.Tensor:
+            update = torch.mm(b[rows], a, out=space[: weight.numel()].view_as(weight))
+            return weight.add_(update.mul_(2.0))
+
+        return merged
 
     endings = tuple(f".{target}.weight" for target in TARGETS[targets])
     deltas = {name: delta(info.shape) for name, info in checkpoint.tensors.items() if name.endswith(endings)}

@@ -19,7 +19,8 @@ import torch
 from surgeon.errors import CheckFailed, UsageError
 from surgeon.safetensors_file import TensorInfo
 
-BLOCK_BYTES = 64 << 20
+# Small enough to stay in cache, and for malloc to hand out the same pages again; large enough for fast products.
+BLOCK_BYTES = 16 << 20
 _COPY_BYTES = 256 << 20
 _NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
@@ -115,9 +116,11 @@ def _changed(entry: Entry, source: TensorInfo, handle: int, buffers: Buffers) ->
     wide = torch.promote_types(torch.promote_types(source.dtype, entry.dtype), torch.float32)
     shape = source.shape or (1,)
     row = math.prod(shape[1:])
-    step = max(1, BLOCK_BYTES // max(1, row * wide.itemsize))
+    blocks = math.ceil(shape[0] * row * wide.itemsize / BLOCK_BYTES)
     if isinstance(entry.delta, WholeDelta) or not source.shape:
-        step = shape[0]
+        blocks = 1
+    # Blocks of equal height: a last block of few rows would take another code path in the matrix product.
+    step = max(1, math.ceil(shape[0] / max(1, blocks)))
     for start in range(0, shape[0], step):
         rows = slice(start, min(start + step, shape[0]))
         block = (rows.stop - rows.start, *shape[1:]) if source.shape else ()
@@ -137,8 +140,10 @@ def _changed(entry: Entry, source: TensorInfo, handle: int, buffers: Buffers) ->
 def _rounded(entry: Entry, merged: torch.Tensor, block: tuple[int, ...], buffers: Buffers) -> torch.Tensor:
     # The bytes that were read are no longer needed: the same memory takes the result.
     rounded = buffers.take("stored", block, entry.dtype).copy_(merged)
-    # One sum is the cheapest look at every value; only if it is not finite is a second one needed.
-    if not torch.isfinite(rounded.sum(dtype=torch.float32)) and not torch.isfinite(rounded).all():
+    # The norm bounds every value and is the cheapest look at all of them; a closer look is hardly ever needed.
+    flat = merged.reshape(-1)
+    bounded = float(torch.dot(flat, flat)) ** 0.5 < torch.finfo(entry.dtype).max
+    if not bounded and not torch.isfinite(rounded).all():
         finite = bool(torch.isfinite(merged).all())
         what = f"merged values of {entry.name} overflow {entry.dtype}" if finite else f"{entry.name} is not finite"
         hint = "merge into bfloat16 or float32" if finite else "check the adapter and the base for NaN and Inf"
@@ -177,7 +182,7 @@ def _copy(handle: int, sink: int, source: TensorInfo, buffers: Buffers) -> None:
         if error.errno not in _NO_KERNEL_COPY:
             raise
     while position < source.stop:
-        part = buffers.take("stored", (min(BLOCK_BYTES // 4, source.stop - position),), torch.uint8)
+        part = buffers.take("stored", (min(BLOCK_BYTES, source.stop - position),), torch.uint8)
         _read(handle, source, position - source.start, _bytes(part), source.name)
         _write(sink, _bytes(part))
         position += part.numel()
