@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from torch import nn
 
@@ -110,8 +109,8 @@ def train(
     """Trains the parameters of `model` that require gradients, on the device it is on, and leaves them trained.
 
     `data` is a file or rendered samples; `options` are the fields of Recipe. Writes to `out`: loss.jsonl, loss.png and
-    checkpoint-N every `save_every` steps and at the end. `resume` continues from the newest checkpoint there (True: there
-    must be one; "auto": if there is one), and equals the run that was never interrupted, bit for bit on CPU.
+    checkpoint-N every `save_every` steps and at the end. `resume` continues from the newest checkpoint there (True:
+    there must be one; "auto": if there is one), and equals the run that was never interrupted, bit for bit on CPU.
     Raises UsageError for bad options, data or checkpoints, CheckFailed when the loss or the gradient is not finite.
     """
     recipe = recipe or make_recipe(options)
@@ -142,7 +141,10 @@ def train(
             run=run,
             tokenizer=tokenizer,
         )
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if checkpoint is not None and done >= run["total_steps"]:
+            trainer.load_finished(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         bar.close()
         model.zero_grad(set_to_none=True)

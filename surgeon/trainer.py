@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import transformers
@@ -26,13 +27,25 @@ KEPT = 2
 """Checkpoints that stay: the newest, and the one before it."""
 
 
-@runtime_checkable
-class Hook(Protocol):
-    """What a method does around a step. Every method is optional; `step` counts the steps done before this one.
+class Hook:
+    """What a method does around a step; override what it needs. `step` counts the steps done before this one."""
 
-    before_step(model, step, total); extra_loss(model) -> scalar, added once per step; after_step(model, optimizer, step,
-    total), while the gradients are still there; state_dict() and load_state_dict(state): saved and resumed with the run.
-    """
+    def before_step(self, model: nn.Module, step: int, total: int) -> None:
+        """Before the first batch of a step."""
+
+    def extra_loss(self, model: nn.Module) -> Tensor | float:
+        """A scalar that is added to the loss, once per step."""
+        return 0.0
+
+    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
+        """After the optimiser's step; the gradients are still there."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values to save with the run."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
 
 
 class SurgeonTrainer(transformers.Trainer):
@@ -69,10 +82,10 @@ class SurgeonTrainer(transformers.Trainer):
     ) -> Any:
         """The model's loss plus the hooks' losses, which count once however many batches make a step."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        # A model that takes no item count returns a mean, which Trainer divides by the number of batches itself.
+        share = self.current_gradient_accumulation_steps if self.model_accepts_loss_kwargs else 1
         for hook in self.hooks:
-            if hasattr(hook, "extra_loss"):
-                share = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-                loss = loss + hook.extra_loss(model) / share
+            loss = loss + hook.extra_loss(model) / share
         return (loss, outputs) if return_outputs else loss
 
     def training_step(
@@ -125,11 +138,17 @@ class SurgeonTrainer(transformers.Trainer):
             run_state.save_tree(self.optimizer.state_dict(), folder, "optimizer")
             run_state.save_tree(self.lr_scheduler.state_dict(), folder, "scheduler")
             run_state.save_tree(run_state.random_state(), folder, "random")
-            run_state.save_tree([_state(hook) for hook in self.hooks], folder, "hooks")
+            run_state.save_tree([hook.state_dict() for hook in self.hooks], folder, "hooks")
             (folder / RUN).write_text(json.dumps(self.run, indent=1))
             self.state.save_to_json(str(folder / STATE))
         for old in checkpoints(out)[:-KEPT]:
             _remove(old)
+
+    def load_finished(self, checkpoint: Path) -> None:
+        """Takes the model and the hooks of a run that had made all its steps (Trainer would make one more)."""
+        self.state = transformers.TrainerState.load_from_json(str(checkpoint / STATE))
+        run_state.load_trainable(self.model, checkpoint)
+        self._load_hooks(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         run_state.load_trainable(self.model, Path(resume_from_checkpoint))
@@ -140,9 +159,11 @@ class SurgeonTrainer(transformers.Trainer):
         folder = Path(checkpoint)
         self.optimizer.load_state_dict(run_state.load_tree(folder, "optimizer"))
         self.lr_scheduler.load_state_dict(run_state.load_tree(folder, "scheduler"))
+        self._load_hooks(folder)
+
+    def _load_hooks(self, folder: Path) -> None:
         for hook, state in zip(self.hooks, run_state.load_tree(folder, "hooks"), strict=True):
-            if hasattr(hook, "load_state_dict"):
-                hook.load_state_dict(state)
+            hook.load_state_dict(state)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """There is no scaler: fp16 training is not offered."""
@@ -161,14 +182,16 @@ class _HookCalls(transformers.TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first batch of a step."""
         for hook in self.hooks:
-            if hasattr(hook, "before_step"):
-                hook.before_step(kwargs["model"], state.global_step, state.max_steps)
+            hook.before_step(kwargs["model"], state.global_step, state.max_steps)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After the optimiser's step, before the gradients are cleared."""
         for hook in self.hooks:
-            if hasattr(hook, "after_step"):
-                hook.after_step(kwargs["model"], kwargs["optimizer"], state.global_step, state.max_steps)
+            hook.after_step(kwargs["model"], kwargs["optimizer"], state.global_step, state.max_steps)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer would repeat here what the epoch's last step has evaluated and saved."""
+        control.should_evaluate = control.should_save = False
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -191,14 +214,8 @@ def check_same_run(checkpoint: Path, run: Mapping[str, Any]) -> None:
             raise UsageError(what, str(checkpoint), hint)
 
 
-def _state(hook: Hook) -> Any:
-    return hook.state_dict() if hasattr(hook, "state_dict") else None
-
-
 def _remove(folder: Path) -> None:
     """Renames first: a folder that is half removed must not look like a checkpoint."""
-    import shutil
-
     aside = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
