@@ -11,8 +11,10 @@ import errno
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,6 +73,7 @@ class Buffers:
 
     def __init__(self) -> None:
         self._kept: dict[str, torch.Tensor] = {}
+        self._turn = 0
 
     def take(self, role: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised tensor; it is overwritten by the next `take` of the same role."""
@@ -79,6 +82,11 @@ class Buffers:
             self._kept.pop(role, None)
             self._kept[role] = torch.empty(size, dtype=torch.uint8)
         return self._kept[role][:size].view(dtype).view(shape)
+
+    def alternate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """One of two tensors in turn: one is still being written while the next is computed."""
+        self._turn = 1 - self._turn
+        return self.take(f"written {self._turn}", shape, dtype)
 
 
 def write_entries(
@@ -99,16 +107,41 @@ def write_entries(
                 stack.callback(os.close, handles[path])
             return handles[path]
 
-        _write(sink, memoryview(header))
+        writer = stack.enter_context(_Writer())
+        writer.then(_write, sink, memoryview(header))
         for entry in entries:
             if isinstance(entry.source, torch.Tensor):
-                _write(sink, _bytes(entry.source.detach().to(entry.dtype).contiguous()))
+                writer.then(_write, sink, _bytes(entry.source.detach().to(entry.dtype).contiguous()))
             elif entry.raw:
-                _copy(handle(entry.source.file), sink, entry.source, buffers)
+                writer.then(_copy, handle(entry.source.file), sink, entry.source)
             else:
                 for block in _changed(entry, entry.source, handle(entry.source.file), buffers):
-                    _write(sink, _bytes(block))
+                    writer.then(_write, sink, _bytes(block))
             wrote(entry, entry.nbytes)
+        writer.finish()
+
+
+class _Writer:
+    """Writes in order while the next block is computed; one write is under way at most, so two buffers suffice."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown()
+
+    def then(self, function: Callable[..., None], *arguments: Any) -> None:
+        self.finish()
+        self._pending = self._pool.submit(function, *arguments)
+
+    def finish(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
 
 def _changed(entry: Entry, source: TensorInfo, handle: int, buffers: Buffers) -> Iterator[torch.Tensor]:
@@ -134,12 +167,11 @@ def _changed(entry: Entry, source: TensorInfo, handle: int, buffers: Buffers) ->
                 f"rows {rows.start} to {rows.stop}",
                 "the adapter belongs to another base",
             )
-        yield _rounded(entry, merged, block, buffers)
+        yield _rounded(entry, merged, buffers.alternate(block, entry.dtype))
 
 
-def _rounded(entry: Entry, merged: torch.Tensor, block: tuple[int, ...], buffers: Buffers) -> torch.Tensor:
-    # The bytes that were read are no longer needed: the same memory takes the result.
-    rounded = buffers.take("stored", block, entry.dtype).copy_(merged)
+def _rounded(entry: Entry, merged: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+    rounded.copy_(merged)
     # The norm bounds every value and is the cheapest look at all of them; a closer look is hardly ever needed.
     flat = merged.reshape(-1)
     bounded = float(torch.dot(flat, flat)) ** 0.5 < torch.finfo(entry.dtype).max
@@ -170,7 +202,7 @@ def _read(handle: int, source: TensorInfo, offset: int, into: memoryview, name: 
         into, position = into[count:], position + count
 
 
-def _copy(handle: int, sink: int, source: TensorInfo, buffers: Buffers) -> None:
+def _copy(handle: int, sink: int, source: TensorInfo) -> None:
     position = source.start
     try:
         while position < source.stop:
@@ -181,8 +213,9 @@ def _copy(handle: int, sink: int, source: TensorInfo, buffers: Buffers) -> None:
     except OSError as error:
         if error.errno not in _NO_KERNEL_COPY:
             raise
+    space = memoryview(bytearray(min(BLOCK_BYTES, source.stop - position)))
     while position < source.stop:
-        part = buffers.take("stored", (min(BLOCK_BYTES, source.stop - position),), torch.uint8)
-        _read(handle, source, position - source.start, _bytes(part), source.name)
-        _write(sink, _bytes(part))
-        position += part.numel()
+        part = space[: source.stop - position]
+        _read(handle, source, position - source.start, part, source.name)
+        _write(sink, part)
+        position += len(part)
