@@ -1,1 +1,32 @@
-"""The methods: one pass per file, imported as `surgeon.passes.<name>`; no torch at module level."""
+"""The passes, one method per file. `find` imports the file of the pass it is asked for, and no other."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from surgeon.errors import UsageError, nearest
+from surgeon.passes.base import Pass
+
+PASSES = {
+    "lora": "surgeon.passes.lora:Lora",
+    "vera": "surgeon.passes.vera:Vera",
+}
+
+
+def find(name: str) -> type[Pass]:
+    """The pass of this name.
+
+    Raises:
+        UsageError: there is none; the nearest names are suggested.
+    """
+    if name not in PASSES:
+        raise UsageError(f"unknown method '{name}'", "--method", f"nearest: {nearest(name, PASSES)}")
+    module, _, attribute = PASSES[name].partition(":")
+    found: type[Pass] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def make(name: str, **options: Any) -> Pass:
+    """A pass with options; raises UsageError for an unknown name or option."""
+    return find(name).make(options)

@@ -51,10 +51,11 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Tag:
-    """Who inserted a node: the pass's id and the site it was inserted at."""
+    """Who inserted a node: the pass's id, the node of the site it was inserted at, and whether it replaced the output."""
 
     owner: str
     site: str
+    output: bool = False
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from surgeon.atomic import atomic_file
+from surgeon.atomic import atomic_file, full_disk
 
 
 class LossLog:
@@ -26,7 +26,7 @@ class LossLog:
 
     def add(self, **values: Any) -> None:
         """Appends a line and hands it to the system, so that a killed process loses none."""
-        with self.path.open("a") as file:
+        with full_disk(self.path, None), self.path.open("a") as file:
             file.write(json.dumps(values) + "\n")
 
 
@@ -76,8 +76,8 @@ def plot_log(log: Path, image: Path, title: str = "") -> None:
 
 
 def _running_mean(values: tuple[float, ...]) -> list[float]:
-    """An exponential mean over about a twentieth of the run, without the bias of its start."""
-    decay = 1 - 1 / max(len(values) / 20, 2)
+    """An exponential mean over about a fortieth of the run, without the bias of its start."""
+    decay = 1 - 1 / max(len(values) / 40, 3)
     mean, weight, means = 0.0, 0.0, []
     for value in values:
         mean, weight = decay * mean + (1 - decay) * value, decay * weight + 1 - decay

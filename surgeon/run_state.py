@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ def save_tree(tree: Any, folder: Path, name: str) -> None:
     tensors: dict[str, Tensor] = {}
     plain = _packed(tree, tensors, name)
     (folder / f"{name}.json").write_text(json.dumps(plain))
-    safetensors.torch.save_file(tensors, folder / f"{name}.safetensors")
+    _write(tensors, folder / f"{name}.safetensors")
 
 
 def load_tree(folder: Path, name: str) -> Any:
@@ -40,7 +42,7 @@ def load_tree(folder: Path, name: str) -> Any:
 def save_trainable(model: nn.Module, folder: Path) -> None:
     """Writes the parameters that train."""
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    safetensors.torch.save_file(tensors, folder / MODEL)
+    _write(tensors, folder / MODEL)
 
 
 def load_trainable(model: nn.Module, folder: Path) -> None:
@@ -79,6 +81,17 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _write(tensors: dict[str, Tensor], file: Path) -> None:
+    """Writes a file; what the system refuses (a full disk) is an OSError as everywhere, not safetensors' own error."""
+    try:
+        safetensors.torch.save_file(tensors, file)
+    except safetensors.SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(file)) from error
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> str:

@@ -193,6 +193,7 @@ def _layer_graph(
             new[source].meta = dict(source.meta)
     for node in region.nodes:
         new[node] = layer.node_copy(node, lambda n: new[n])
+        new[node].meta["path"] = str(node.meta.get("path", "")).removeprefix(region.path).removeprefix(".")
     results = list(dict.fromkeys(region.leave.args[0]))  # type: ignore[arg-type]
     results += [n for n in region.nodes if n not in results and any(u not in members and u is not region.leave for u in n.users)]
     layer.output(tuple(new[node] for node in results))

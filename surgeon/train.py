@@ -27,6 +27,8 @@ PRECISIONS = ("fp32", "bf16")
 class Recipe:
     """How to train. One of `steps` and `epochs` (default: one epoch); `warmup` is steps, or a share of all below 1.
 
+    Samples are cut to `max_length` tokens (default: the model's longest position).
+
     A step is `gradient_accumulation` batches of `batch_size` samples. `weight_decay` is AdamW's, `max_grad_norm` clips
     (0: not). `precision` "bf16" is autocast; parameters stay as they are. `eval_every` and `save_every` count steps.
     """
@@ -76,13 +78,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a run did. Losses are nats per trained token; `loss` is the mean over the last tenth of the steps."""
+    """What a run did. Losses are nats per trained token; `loss` is the mean over the last tenth of the steps,
+    `data` one line about the samples (Rendered.summary)."""
 
     steps: int
     first_loss: float
     loss: float
     eval_loss: float | None
-    samples: int
+    data: str
     trainable_parameters: int
     tokens_per_second: float
     seconds: float
@@ -117,10 +120,11 @@ def train(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trainable:
         raise UsageError("no parameter of the model trains", type(model).__name__, "apply a method to it first")
-    samples = _samples(data, tokenizer, recipe)
-    held_out = None if eval_data is None else _samples(eval_data, tokenizer, recipe)
+    limit = recipe.max_length or getattr(model.config, "max_position_embeddings", None)
+    samples = _samples(data, tokenizer, limit)
+    held_out = None if eval_data is None else _samples(eval_data, tokenizer, limit)
     out = Path(out)
-    run = _run(recipe, samples, held_out)
+    run = {**_run(recipe, samples, held_out), "hooks": [type(hook).__name__ for hook in hooks]}
     checkpoint = _checkpoint(out, resume)
     if checkpoint is not None:
         check_same_run(checkpoint, run)
@@ -150,7 +154,7 @@ def train(
         model.zero_grad(set_to_none=True)
     plot = out / "loss.png"
     plot_log(log.path, plot, f"{run['total_steps']} steps, {trainable:,} trained parameters")
-    return _report(trainer, log, plot, trainable, len(samples), time.perf_counter() - began, done)
+    return _report(trainer, log, plot, trainable, samples.summary(), time.perf_counter() - began, done)
 
 
 def make_recipe(options: dict[str, Any]) -> Recipe:
@@ -162,8 +166,8 @@ def make_recipe(options: dict[str, Any]) -> Recipe:
     return Recipe(**options)
 
 
-def _samples(data: Rendered | str | Path, tokenizer: Any, recipe: Recipe) -> Rendered:
-    return data if isinstance(data, Rendered) else load_data(data, tokenizer, recipe.max_length)
+def _samples(data: Rendered | str | Path, tokenizer: Any, max_length: int | None) -> Rendered:
+    return data if isinstance(data, Rendered) else load_data(data, tokenizer, max_length)
 
 
 def _run(recipe: Recipe, samples: Rendered, held_out: Rendered | None) -> dict[str, Any]:
@@ -226,7 +230,7 @@ def _arguments(recipe: Recipe, out: Path, total: int, model: nn.Module, evaluate
 
 
 def _report(
-    trainer: SurgeonTrainer, log: LossLog, plot: Path, trainable: int, samples: int, seconds: float, done: int
+    trainer: SurgeonTrainer, log: LossLog, plot: Path, trainable: int, data: str, seconds: float, done: int
 ) -> TrainReport:
     lines = read_log(log.path)
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -238,7 +242,7 @@ def _report(
         first_loss=losses[0],
         loss=sum(last) / len(last),
         eval_loss=held_out[-1] if held_out else None,
-        samples=samples,
+        data=data,
         trainable_parameters=trainable,
         tokens_per_second=trainer.tokens_seen / seconds,
         seconds=seconds,

@@ -1,0 +1,176 @@
+"""What a pass is: a frozen dataclass whose fields are its options.
+
+The same dataclass gives command-line flags, the manifest on disk and the documentation. Pass files import no torch at
+module level, so that listing them costs nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from surgeon.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+    from surgeon.edit import Edit
+    from surgeon.graph import Graph
+    from surgeon.normal import Base, Normal
+    from surgeon.sites import Site
+
+# The names of site kinds, repeated here so that pass files need not import torch; surgeon.sites has their meaning.
+LINEAR, CONV1D, EMBEDDING, ATTENTION = "linear", "conv1d", "embedding", "attention"
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A site the pattern named and the pass cannot work on, with the reason."""
+
+    path: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A rewrite of the graph.
+
+    Class attributes:
+        name: as written on the command line and in manifests.
+        keeps: what holds when it is inserted: "exact" (same bits), "close" (same up to rounding) or "changes".
+        stacks: whether it may be applied to a graph that already has it.
+        kinds: kinds of site it works on.
+    """
+
+    name: ClassVar[str] = ""
+    keeps: ClassVar[str] = "exact"
+    stacks: ClassVar[bool] = True
+    kinds: ClassVar[tuple[str, ...]] = ()
+
+    def requires(self, graph: Graph) -> None:
+        """Raise SurgeonError if the graph is not one this pass can be applied to."""
+
+    def match(self, graph: Graph) -> list[Site | Skip]:
+        """The sites it will rewrite, and those it was asked for and cannot."""
+        from surgeon.sites import sites
+
+        return list(sites(graph, *self.kinds))
+
+    def at(self, site: Site) -> Pass:
+        """The pass with its options resolved for one site."""
+        return self
+
+    def prepare(self, graph: Graph, chosen: list[Site]) -> Pass:
+        """Called once before the sites are rewritten: the pass with what it had to learn from all of them."""
+        return self
+
+    def rewrite(self, edit: Edit, site: Site) -> None:
+        """Write the nodes of one site, only through `edit`."""
+
+    def finish(self, graph: Graph, owner: str) -> None:
+        """Called once after the sites are rewritten: what concerns the whole graph."""
+
+    def ensures(self, result: Graph) -> None:
+        """Raise SurgeonError if the result is not what the pass promises."""
+
+    def options(self) -> dict[str, Any]:
+        """Its options by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def spec(self) -> str:
+        """The option string, `name(option=value, …)`, of the options that are not at their defaults."""
+        changed = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != _default(field)
+        ]
+        return f"{self.name}({', '.join(changed)})" if changed else self.name
+
+    @classmethod
+    def make(cls, options: Mapping[str, Any]) -> Pass:
+        """The pass with these options.
+
+        Raises:
+            UsageError: an option is unknown or has the wrong type.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name, value in options.items():
+            if name not in fields:
+                raise UsageError(f"{cls.name} has no option '{name}'", "", f"nearest: {nearest(name, fields)}")
+            _check_type(cls.name, name, value, _default(fields[name]))
+        return cls(**{name: _like(value, _default(fields[name])) for name, value in options.items()})
+
+
+@dataclass(frozen=True)
+class Adapter(Pass):
+    """A pass that adds something trainable at linears and has a normal form there.
+
+    Options:
+        targets: which modules, see `surgeon.select`.
+        exclude: modules that are left out even if targeted.
+    """
+
+    targets: str = "*.{q,v}_proj"
+    exclude: str = ""
+
+    def unfit(self, site: Site) -> str:
+        """Why this site cannot be adapted, or ""."""
+        return ""
+
+    def match(self, graph: Graph) -> list[Site | Skip]:
+        """The targeted sites; raises UsageError for a pattern that matches nothing."""
+        from surgeon.select import ALL_LINEAR, check_words, matches, words
+        from surgeon.sites import sites
+
+        candidates = sites(graph, *self.kinds)
+        check_words(self.targets, [site.path for site in candidates])
+        head = head_paths(graph)
+        chosen: list[Site | Skip] = []
+        for site in candidates:
+            everything = ALL_LINEAR in words(self.targets) and site.kind != EMBEDDING and site.path not in head
+            if not (everything or matches(self.targets, site.path)) or matches(self.exclude, site.path):
+                continue
+            why = self.unfit(site)
+            chosen.append(Skip(site.path, why) if why else site)
+        if not any(not isinstance(item, Skip) for item in chosen):
+            reasons = "; ".join(f"{item.path}: {item.why}" for item in chosen[:3] if isinstance(item, Skip))
+            raise UsageError(f"{self.name} has no site to work on", reasons or self.targets, "other --targets")
+        return chosen
+
+    def normal(self, params: Mapping[str, torch.Tensor], site: Site, base: Base) -> Normal:
+        """The trained adapter at one site in normal form; `params` by the names given to `edit.param`."""
+        raise UsageError(f"{self.name} has no normal form", site.path)
+
+
+def head_paths(graph: Graph) -> set[str]:
+    """The paths of the output head: the last linear of the trunk, and task heads."""
+    from surgeon.sites import sites
+
+    names = ("lm_head", "score", "classifier", "qa_outputs", "embed_out", "output_projection")
+    trunk = [site for site in sites(graph, LINEAR, CONV1D) if site.layer == ""]
+    last = {trunk[-1].path} if trunk and graph.outputs[:1] == ("logits",) else set()
+    return last | {site.path for site in trunk if site.path.split(".")[0] in names}
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default_factory() if field.default is dataclasses.MISSING else field.default  # type: ignore[misc]
+
+
+def _check_type(owner: str, name: str, value: Any, default: Any) -> None:
+    wanted = type(default)
+    fits = isinstance(value, wanted) or (wanted is float and isinstance(value, int))
+    if not fits or (wanted is int and isinstance(value, bool)):
+        if not (wanted is tuple and isinstance(value, (list, dict))):
+            raise UsageError(
+                f"{owner}: option '{name}' is {value!r}", "", f"give a {wanted.__name__}, for example {default!r}"
+            )
+
+
+def _like(value: Any, default: Any) -> Any:
+    """JSON has no tuples, and integers stand for floats."""
+    if isinstance(default, tuple):
+        items = value.items() if isinstance(value, dict) else value
+        return tuple(tuple(item) if isinstance(item, (list, tuple)) else item for item in items)
+    return float(value) if isinstance(default, float) else value

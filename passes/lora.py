@@ -1,0 +1,102 @@
+"""LoRA: y = W x + s · B A dropout(x), with s = alpha / rank (Hu et al. 2021, eq. 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from surgeon.errors import UsageError
+from surgeon.passes.base import CONV1D, EMBEDDING, LINEAR, Adapter
+
+if TYPE_CHECKING:
+    import torch
+
+    from surgeon.edit import Edit
+    from surgeon.normal import Base, Normal
+    from surgeon.sites import Site
+
+
+@dataclass(frozen=True)
+class Lora(Adapter):
+    """A low-rank bypass beside a linear or an embedding.
+
+    a: `[rank, in]` ~ U(−1/√in, 1/√in), b: `[out, rank]` = 0, so the model is unchanged until trained. The paper draws a
+    from a Gaussian; this is the initialisation of its code and of PEFT. At an embedding a `[rank, vocab]` = 0 and
+    b `[out, rank]` ~ N(0, 1).
+
+    Options:
+        rank: r.
+        alpha: the numerator of the scale alpha / rank.
+        dropout: on the adapter's input, while training.
+        rslora: scale alpha / √rank instead (Kalajdzievski 2023, eq. 2).
+        ranks: (pattern, rank) pairs that override `rank` where the pattern matches a module's path; the first wins.
+        alphas: likewise for `alpha`.
+    """
+
+    name: ClassVar[str] = "lora"
+    kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D, EMBEDDING)
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    rslora: bool = False
+    ranks: tuple[tuple[str, int], ...] = ()
+    alphas: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        for rank in (self.rank, *(rank for _, rank in self.ranks)):
+            if rank <= 0:
+                raise UsageError(f"{self.name}: rank is {rank}", "--rank", "a rank of at least 1, for example 8")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"{self.name}: dropout is {self.dropout}", "--dropout", "a probability below 1, e.g. 0.05")
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, or alpha / √rank."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def at(self, site: Site) -> Lora:
+        """With the rank and alpha of this site, and no patterns left."""
+        from surgeon.select import matches
+
+        rank = next((rank for pattern, rank in self.ranks if matches(pattern, site.path)), self.rank)
+        alpha = next((alpha for pattern, alpha in self.alphas if matches(pattern, site.path)), self.alpha)
+        return dataclasses.replace(self, rank=rank, alpha=alpha, ranks=(), alphas=())
+
+    def unfit(self, site: Site) -> str:
+        """Raises UsageError for a rank that no [out, in] matrix has."""
+        rank = self.at(site).rank
+        if rank > min(site.inp, site.out):
+            raise UsageError(
+                f"{self.name}: rank {rank} is above the size of the layer",
+                f"{site.path} is [{site.out}, {site.inp}]",
+                f"a rank of at most {min(site.inp, site.out)}, or leave the module out with --exclude",
+            )
+        return ""
+
+    def rewrite(self, edit: Edit, site: Site) -> None:
+        """x → dropout → a → b → · s → + y."""
+        if site.kind == EMBEDDING:
+            self._rewrite_embedding(edit, site)
+            return
+        a = edit.param("a", (self.rank, site.inp), "kaiming")
+        b = edit.param("b", (site.out, self.rank), "zeros")
+        low = edit.linear(edit.dropout(edit.x, self.dropout), a)
+        edit.replace(edit.add(edit.y, edit.mul(edit.linear(low, b), self.scale)))
+
+    def _rewrite_embedding(self, edit: Edit, site: Site) -> None:
+        import torch
+
+        aten = torch.ops.aten
+        a = edit.param("a", (self.rank, site.inp), "zeros")
+        b = edit.param("b", (site.out, self.rank), "normal")
+        low = edit.call(aten.embedding.default, edit.call(aten.transpose.int, a, 0, 1), edit.x)
+        edit.replace(edit.add(edit.y, edit.mul(edit.linear(low, b), self.scale)))
+
+    def normal(self, params: Mapping[str, torch.Tensor], site: Site, base: Base) -> Normal:
+        """a and b as they are."""
+        from surgeon.normal import Normal
+
+        return Normal(scale=self.scale, a=params["a"], b=params["b"])

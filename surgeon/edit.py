@@ -1,0 +1,178 @@
+"""The only way nodes are made: an `Edit` at one site of one layer graph.
+
+It keeps written order, tags every node with the pass and site it belongs to, computes its `meta["val"]`, and registers
+parameters for every layer that shares the graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from surgeon.errors import UnsupportedError
+from surgeon.graph import Graph, Tag, TensorSpec, path_of
+from surgeon.sites import Site, _weights
+
+aten = torch.ops.aten
+Init = str | Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Initial:
+    """A tensor's first value: the same on every machine for the same seed and name.
+
+    Kinds: "zeros", "ones", "kaiming" U(−1/√in, 1/√in) with `in` the last axis, "normal" N(0, 1), "gaussian" N(0, 1/r²)
+    with r the first axis, "constant:<x>".
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    seed: int
+    name: str
+
+    def __call__(self) -> torch.Tensor:
+        """Draw it."""
+        if self.kind == "zeros":
+            return torch.zeros(self.shape)
+        if self.kind == "ones":
+            return torch.ones(self.shape)
+        if self.kind.startswith("constant:"):
+            return torch.full(self.shape, float(self.kind.removeprefix("constant:")))
+        digest = hashlib.sha256(f"{self.seed}/{self.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        if self.kind == "kaiming":
+            bound = 1 / math.sqrt(self.shape[-1])
+            return torch.empty(self.shape).uniform_(-bound, bound, generator=generator)
+        std = 1 / self.shape[0] if self.kind == "gaussian" else 1.0
+        return torch.empty(self.shape).normal_(0, std, generator=generator)
+
+
+class Edit:
+    """One site being rewritten, for every layer in `paths` at once."""
+
+    def __init__(self, graph: Graph, part: fx.Graph, paths: list[str], owner: str, site: Site, seed: int) -> None:
+        self.graph, self.part, self.paths, self.owner, self.site, self.seed = graph, part, paths, owner, site, seed
+        self.node = next(node for node in part.nodes if node.name == site.node)
+        self.y = self._current_output()
+        self._cursor = self.y
+
+    def _current_output(self) -> fx.Node:
+        current = self.node
+        for node in self.part.nodes:
+            found = node.meta.get("surgeon")
+            if isinstance(found, Tag) and found.output and found.site == self.node.name:
+                current = node
+        return current
+
+    @property
+    def x(self) -> fx.Node:
+        """The site's input (token ids, for an embedding)."""
+        position = {aten.addmm.default: 1, aten.embedding.default: 1}.get(self.node.target, 0)
+        return self.node.args[position]  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> fx.Node:
+        """The site's own weight, in the orientation it is stored in."""
+        weight = _weights(self.node)[1]
+        if weight is None:
+            raise UnsupportedError("this site has no weight", self.site.path)
+        return weight
+
+    def param(self, name: str, shape: tuple[int, ...], init: Init, *, trainable: bool = True) -> fx.Node:
+        """A tensor of this site: `<site>.<pass id>.<name>` in every layer that shares the graph."""
+        local = f"{self.site.path}.{self.owner}.{name}"
+        prefix = f"{self.site.layer}." if self.site.layer else ""
+        relative = local.removeprefix(prefix)
+        for path in self.paths:
+            self._register(f"{path}.{relative}" if path else relative, shape, init, trainable)
+        return self._get(self.part, relative, shape, self.y)
+
+    def shared(self, name: str, shape: tuple[int, ...], init: Init, *, trainable: bool = False) -> fx.Node:
+        """A tensor of the whole model, `<pass id>.<name>`, handed into the layer as an input."""
+        full = f"{self.owner}.{name}"
+        if full not in self.graph.tensors:
+            self._register(full, shape, init, trainable)
+        if self.site.layer == "":
+            return self._get(self.part, full, shape, self.y)
+        label = full.replace(".", "_")
+        for node in self.part.nodes:
+            if node.op == "placeholder" and node.target == label:
+                return node
+        for path in self.paths:
+            call = next(n for n in self.graph.trunk.nodes if n.op == "call_module" and n.target == path)
+            held = self._get(self.graph.trunk, full, shape, call)
+            call.args = (*call.args, held)
+        last = [node for node in self.part.nodes if node.op == "placeholder"][-1]
+        with self.part.inserting_after(last):
+            made = self.part.placeholder(label)
+        return self._labelled(made, self._fake(shape))
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A node after everything written so far at this site."""
+        with self.part.inserting_after(self._cursor):
+            node = self.part.call_function(target, args, kwargs)
+        self._cursor = node
+        value = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        return self._labelled(node, target(*value[0], **value[1]))
+
+    def linear(self, x: fx.Node, weight: fx.Node) -> fx.Node:
+        """x Wᵀ, `[.., in]` → `[.., out]`."""
+        return self.call(aten.linear.default, x, weight)
+
+    def mul(self, x: fx.Node, factor: fx.Node | float) -> fx.Node:
+        """Elementwise product."""
+        return self.call(aten.mul.Tensor, x, factor)
+
+    def add(self, x: fx.Node, y: fx.Node) -> fx.Node:
+        """Elementwise sum."""
+        return self.call(aten.add.Tensor, x, y)
+
+    def dropout(self, x: fx.Node, probability: float) -> fx.Node:
+        """Dropout while training; x itself if the probability is 0."""
+        return self.call(aten.dropout.default, x, probability, True) if probability else x
+
+    def rows(self, x: fx.Node, count: int, axis: int = 0) -> fx.Node:
+        """The first `count` entries along an axis; x itself if it has no more."""
+        return x if x.meta["val"].shape[axis] == count else self.call(aten.slice.Tensor, x, axis, 0, count)
+
+    def replace(self, node: fx.Node) -> None:
+        """Everything that read the site's output now reads `node`."""
+        before = self.y
+        node.meta["surgeon"] = Tag(self.owner, self.node.name, output=True)
+        mine = {n for n in self.part.nodes if isinstance(n.meta.get("surgeon"), Tag)}
+        outside = [user for user in before.users if user not in mine or user.meta["surgeon"].site != self.node.name]
+        for user in outside:
+            user.replace_input_with(before, node)
+        self.y = node
+
+    def feed(self, node: fx.Node) -> None:
+        """The site itself now reads `node` in place of its input (which folding restores)."""
+        self.node.meta.setdefault("fed", self.x)
+        self.node.replace_input_with(self.x, node)
+
+    def _register(self, full: str, shape: tuple[int, ...], init: Init, trainable: bool) -> None:
+        self.graph.tensors[full] = TensorSpec(shape, trainable=trainable, owner=self.owner, parameter=trainable)
+        self.graph.inserted[full] = Initial(init, shape, self.seed, full) if isinstance(init, str) else init
+
+    def _get(self, part: fx.Graph, target: str, shape: tuple[int, ...], before: fx.Node) -> fx.Node:
+        for node in part.nodes:
+            if node.op == "get_attr" and node.target == target:
+                return node
+        with part.inserting_before(before):
+            node = part.create_node("get_attr", target)
+        return self._labelled(node, self._fake(shape))
+
+    def _fake(self, shape: tuple[int, ...]) -> torch.Tensor:
+        mode = self.node.meta["val"].fake_mode
+        with mode:
+            return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    def _labelled(self, node: fx.Node, value: Any) -> fx.Node:
+        node.meta.update(val=value, path=path_of(self.node), surgeon=Tag(self.owner, self.node.name))
+        return node

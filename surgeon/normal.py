@@ -1,0 +1,109 @@
+"""The normal form: what every trained adapter is, whatever method trained it.
+
+    y = s ⊙ ((u ⊙ x) Wᵀ + scale · pool_group(u ⊙ x) aᵀ bᵀ) + bias
+
+A back end (merge, ONNX slots, the server's pool, PEFT files) reads `Normal`s and knows no method.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from surgeon.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Base:
+    """What an adapter may need to know of the layer it adapts; read only when asked for.
+
+    Attributes:
+        weight: W `[out, in]` (experts: `[experts, out, in]`), dequantised where the base is quantised.
+        bias: b `[out]`, or None.
+    """
+
+    weight: Callable[[], torch.Tensor]
+    bias: Callable[[], torch.Tensor | None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Normal:
+    """One adapter at one linear, in normal form.
+
+    Attributes:
+        scale: kept apart from `b`: (b @ a) · scale is PEFT's order, and folding it first changes the last bit.
+        a: `[r, in]`, or `[r, in / group]`; experts `[experts, r, in]`. None for none.
+        b: `[out, r]`; experts `[experts, out, r]`.
+        u: factor on the input `[in]`.
+        s: factor on the output before the bias `[out]`.
+        bias: the bias `[out]` in place of the base's; None keeps the base's.
+        group: number of consecutive inputs that are summed into one (QA-LoRA); 1 for none.
+    """
+
+    scale: float = 1.0
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+    u: torch.Tensor | None = None
+    s: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    group: int = 1
+
+    def delta(self) -> torch.Tensor | None:
+        """scale · b a `[out, in]` in fp32, groups expanded; None without a and b."""
+        if self.a is None or self.b is None:
+            return None
+        product = (self.b.float() @ self.a.float()) * self.scale
+        return product.repeat_interleave(self.group, -1) if self.group > 1 else product
+
+    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight `[out, in]` that computes what base and adapter compute together, in fp32 (fp64 stays fp64)."""
+        result = weight if weight.dtype == torch.float64 else weight.float()
+        delta = self.delta()
+        if delta is not None:
+            result = result + delta.to(result.dtype)
+        if self.u is not None:
+            result = result * self.u.to(result.dtype)
+        if self.s is not None:
+            result = result * self.s.to(result.dtype)[..., None]
+        return result
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Learned K/V columns at one attention (prefix tuning, P-Tuning v2).
+
+    Attributes:
+        k: keys `[h_kv, p, d]`, after rotary.
+        v: values `[h_kv, p, d_v]`.
+        column_bias: learned additive score per column `[h | 1, p]`, None for none.
+        windowed: whether a sliding window hides the columns, as it does in PEFT.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    column_bias: torch.Tensor | None = None
+    windowed: bool = True
+
+
+def compose(outer: Normal, inner: Normal) -> Normal:
+    """One Normal for two stacked adapters that read the same input, `outer` applied to the merge of `inner`.
+
+    Raises:
+        UnsupportedError: there is none: `inner` changes input or output scales that `outer` would have to see, or the
+            two pool differently.
+    """
+    if outer.u is not None or inner.u is not None or inner.s is not None:
+        raise UnsupportedError("these adapters scale the same input or output twice", "", "merge them one after another")
+    if outer.group != inner.group and None not in (outer.a, inner.a):
+        raise UnsupportedError(f"the adapters pool groups of {outer.group} and {inner.group}", "", "merge them in order")
+    if inner.a is None or inner.b is None:
+        return dataclasses.replace(outer, bias=outer.bias if outer.bias is not None else inner.bias)
+    if outer.a is None or outer.b is None:
+        return dataclasses.replace(inner, s=outer.s, bias=outer.bias if outer.bias is not None else inner.bias)
+    a = torch.cat([outer.a, inner.a], -2)
+    b = torch.cat([outer.b * outer.scale, inner.b * inner.scale], -1)
+    bias = outer.bias if outer.bias is not None else inner.bias
+    return Normal(1.0, a, b, s=outer.s, bias=bias, group=max(outer.group, inner.group))

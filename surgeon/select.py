@@ -1,0 +1,72 @@
+"""Target patterns: which sites a pass works on.
+
+A pattern is one or more words separated by commas or spaces (braces group): `*.{q,v}_proj`, `model.layers.[0-3].*`,
+`q_proj v_proj`, `all-linear`. A word without a dot or wildcard matches a module of that name anywhere, as in PEFT's
+lists; `re:` before a word makes it a regular expression over the whole path, as in PEFT's strings.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import re
+from collections.abc import Iterable
+
+from surgeon.errors import UsageError, nearest
+
+ALL_LINEAR = "all-linear"
+
+
+def words(pattern: str) -> list[str]:
+    """The single patterns of a target pattern, braces expanded."""
+    found, depth, word = [], 0, ""
+    if pattern.startswith("re:"):
+        return [pattern]
+    for letter in pattern + ",":
+        depth += (letter == "{") - (letter == "}")
+        if letter in ", " and depth == 0:
+            found += _expanded(word) if word else []
+            word = ""
+        else:
+            word += letter
+    return found
+
+
+def _expanded(word: str) -> list[str]:
+    match = re.search(r"\{([^{}]*)\}", word)
+    if match is None:
+        return [word]
+    head, tail = word[: match.start()], word[match.end() :]
+    return [made for choice in match.group(1).split(",") for made in _expanded(head + choice.strip() + tail)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _matcher(word: str) -> re.Pattern[str]:
+    try:
+        if word.startswith("re:"):
+            return re.compile(word[3:])
+        if not any(letter in word for letter in "*?["):
+            return re.compile(rf"(?:.*\.)?{re.escape(word)}")
+        return re.compile(fnmatch.translate(word))
+    except re.error as error:
+        raise UsageError(f"'{word}' is not a pattern: {error}", "--targets", "for example '*.{q,v}_proj'") from error
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a module path is matched by any word of the pattern."""
+    return any(_matcher(word).fullmatch(path) for word in words(pattern))
+
+
+def check_words(pattern: str, paths: Iterable[str]) -> None:
+    """Raise UsageError for a word that matches none of the paths, naming the nearest one."""
+    known = list(paths)
+    for word in words(pattern):
+        if word != ALL_LINEAR and not any(_matcher(word).fullmatch(path) for path in known):
+            raise UsageError(f"no module matches '{word}'", "--targets", _suggestion(word, known))
+
+
+def _suggestion(word: str, paths: list[str]) -> str:
+    leaf = word.removeprefix("re:").rpartition(".")[2].strip("*?")
+    leaves = nearest(leaf, (path.rpartition(".")[2] for path in paths), 1)
+    example = next((path for path in paths if path.endswith(leaves)), paths[0] if paths else "")
+    return f"the model has e.g. '{example}'" if example else "the model has no module this method fits"

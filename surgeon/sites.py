@@ -1,0 +1,97 @@
+"""The places of a graph that passes work on: linears, embeddings, attentions, each with its module path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from surgeon.graph import Graph, path_of, tag
+
+aten = torch.ops.aten
+LINEAR, CONV1D, EMBEDDING, ATTENTION = "linear", "conv1d", "embedding", "attention"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in one layer.
+
+    Attributes:
+        path: full module path (`model.layers.3.self_attn.q_proj`).
+        kind: LINEAR (`[out, in]`), CONV1D (Hugging Face's transposed `[in, out]`), EMBEDDING (`[vocab, out]`), ATTENTION.
+        layer: path of the layer it lies in, "" for the trunk.
+        node: name of the node in that layer's graph.
+        weight: full name of the weight it reads, "" for attentions; tied weights by the name they are stored under.
+        bias: full name of the bias, or "".
+        inp: size of its input; rows of the table for an embedding.
+        out: size of its output.
+    """
+
+    path: str
+    kind: str
+    layer: str
+    node: str
+    weight: str = ""
+    bias: str = ""
+    inp: int = 0
+    out: int = 0
+
+
+def sites(graph: Graph, *kinds: str) -> list[Site]:
+    """Every base-model site of the given kinds (all, if none is given), in the order of the model."""
+    found = [site for site in _walk(graph) if not kinds or site.kind in kinds]
+    order = {path: position for position, path in enumerate(graph.layers)}
+    return sorted(found, key=lambda site: order.get(site.layer, -1 if site.kind == EMBEDDING else len(order)))
+
+
+def _walk(graph: Graph) -> Iterator[Site]:
+    for shared, prefixes in graph.parts():
+        nodes = [node for node in shared.nodes if node.op == "call_function" and tag(node) is None]
+        for prefix in prefixes:
+            for node in nodes:
+                site = _site(graph, node, prefix)
+                if site is not None:
+                    yield site
+
+
+def _site(graph: Graph, node: fx.Node, prefix: str) -> Site | None:
+    layer = prefix.removesuffix(".")
+    if node.target is torch.ops.surgeon.attention.default:
+        return Site(prefix + path_of(node), ATTENTION, layer, node.name)
+    kind, weight, bias = _weights(node)
+    if kind is None or weight is None:
+        return None
+    name, other = prefix + str(weight.target), "" if bias is None else prefix + str(bias.target)
+    shape = tuple(weight.meta["val"].shape)
+    if kind == LINEAR:
+        out, inp = shape
+    else:
+        inp, out = shape
+    return Site(_path(node, name, prefix), kind, layer, node.name, graph.resolve(name), other, inp, out)
+
+
+def _weights(node: fx.Node) -> tuple[str | None, fx.Node | None, fx.Node | None]:
+    """The kind of a node with a weight of its own, that weight, and its bias."""
+    if node.target is aten.linear.default:
+        kind, weight, bias = LINEAR, node.args[1], node.args[2] if len(node.args) > 2 else None
+    elif node.target is aten.addmm.default:
+        kind, weight, bias = CONV1D, node.args[2], node.args[0]
+    elif node.target is aten.embedding.default:
+        kind, weight, bias = EMBEDDING, node.args[0], None
+    else:
+        return None, None, None
+    if not _is_tensor_of_model(weight) or not (bias is None or _is_tensor_of_model(bias)):
+        return None, None, None
+    return kind, weight, bias  # type: ignore[return-value]
+
+
+def _is_tensor_of_model(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.op == "get_attr" and len(node.meta["val"].shape) <= 2
+
+
+def _path(node: fx.Node, weight: str, prefix: str) -> str:
+    """The module's path: that of its weight, or where it was called if the weight is another module's (tied heads)."""
+    called, owner = prefix + path_of(node), weight.removesuffix(".weight")
+    return owner if owner.startswith(called) or not path_of(node) else called
