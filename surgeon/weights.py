@@ -59,7 +59,7 @@ class ModelWeights(Mapping[str, torch.Tensor]):
         if method is not None:
             what, hint = f"the checkpoint is quantised ({method})", "use the checkpoint it was quantised from"
             raise UnsupportedError(what, str(checkpoint.folder), hint)
-        self.checkpoint, self._model, self._seed = checkpoint, model, seed
+        self.checkpoint, self.model, self._seed = checkpoint, model, seed
         self._meta: dict[str, torch.Tensor] = model.state_dict()
         self._dtype_of = _dtype_rule(model)
         self._group_of: dict[str, _Group] = {}
@@ -109,6 +109,20 @@ class ModelWeights(Mapping[str, torch.Tensor]):
         group = self._group_of.get(self._owner(name))
         return group.parts[0][1] if group is not None and group.converter is None else None
 
+    def siblings(self, name: str) -> tuple[str, ...]:
+        """All parameters made from the same checkpoint tensors, `name` among them."""
+        group = self._group_of.get(self._owner(name))
+        return tuple(other for other, its in self._group_of.items() if its is group) if group is not None else ()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The parameter's shape."""
+        return tuple(self._meta[name].shape)
+
+    def converter(self, name: str) -> Any:
+        """A fresh copy of transformers' `WeightConverter` that makes `name`; None for a direct or missing one."""
+        group = self._group_of.get(self._owner(name))
+        return copy.deepcopy(group.converter) if group is not None else None
+
     def _owner(self, name: str) -> str:
         if name not in self._meta:
             raise KeyError(name)
@@ -121,11 +135,11 @@ class ModelWeights(Mapping[str, torch.Tensor]):
 
         Follows `transformers.core_model_loading.convert_and_load_state_dict_in_model`, which loads as it goes.
         """
-        mapping = get_model_conversion_mapping(self._model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-        prefix = self._model.base_model_prefix
+        prefix = self.model.base_model_prefix
         groups: dict[str, _Group] = {}
         unexpected: dict[str, str] = {}
         # Some renamings depend on what came before: transformers' order must be kept.
@@ -166,7 +180,7 @@ class ModelWeights(Mapping[str, torch.Tensor]):
         for pattern, stored in group.parts:
             converter.add_tensor(group.first, stored, pattern, _reader(self.checkpoint, stored, dtype, meta))
         try:
-            values = converter.convert(group.first, model=self._model, config=self._model.config)
+            values = converter.convert(group.first, model=self.model, config=self.model.config)
         except (RuntimeError, ValueError, KeyError) as error:
             hint = "a tensor of this group is missing or has another shape: download the checkpoint again"
             what = f"{group.first} cannot be made from {len(group.parts)} checkpoint tensors ({error})"
@@ -175,7 +189,7 @@ class ModelWeights(Mapping[str, torch.Tensor]):
 
     def _tie(self) -> None:
         """Resolve tied names as `PreTrainedModel.tie_weights` does when it loads: to the one that is stored."""
-        pairs = list(getattr(self._model, "all_tied_weights_keys", {}).items())
+        pairs = list(getattr(self.model, "all_tied_weights_keys", {}).items())
         untied = []
         for position, (target, source) in enumerate(pairs):
             if target not in self._absent and source not in self._absent:
@@ -203,7 +217,7 @@ class ModelWeights(Mapping[str, torch.Tensor]):
 
     def _filtered(self, unexpected: dict[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         found = SimpleNamespace(missing_keys=self._absent - set(self.tied), unexpected_keys=set(unexpected))
-        self._model._adjust_missing_and_unexpected_keys(found)
+        self.model._adjust_missing_and_unexpected_keys(found)
         left = {unexpected[name] for name in found.unexpected_keys}
         return (
             tuple(name for name in self._meta if name in found.missing_keys),
@@ -213,7 +227,7 @@ class ModelWeights(Mapping[str, torch.Tensor]):
     def _initialised(self) -> dict[str, torch.Tensor]:
         if self._fresh is None:
             names = [name for name in self._meta if name in self._absent and name not in self.tied]
-            self._fresh = initialise_missing(self._model, names, self._seed)
+            self._fresh = initialise_missing(self.model, names, self._seed)
         return self._fresh
 
 

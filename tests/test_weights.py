@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from surgeon.buffers import materialise_buffers
 from surgeon.checkpoint import SINGLE, Checkpoint
 from surgeon.errors import UnsupportedError, UsageError
+from surgeon.unconvert import stored_parts
 from surgeon.weights import ModelWeights
 
 SMALL: dict[str, Any] = {
@@ -146,6 +147,15 @@ def test_fused_experts_name_their_sources(tmp_path: Path) -> None:
     assert len(weights.sources(name)) == 8
     stem = "model.layers.0.block_sparse_moe.experts"
     assert set(weights.sources(name)) == {f"{stem}.{e}.{w}.weight" for e in range(4) for w in ("w1", "w3")}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama_tied"])
+def test_values_go_back_to_the_tensors_they_came_from(tmp_path: Path, family: str) -> None:
+    checkpoint = random_checkpoint(tmp_path, *FAMILIES[family], torch.float32)
+    weights = ModelWeights(checkpoint, meta_model(CAUSAL, tmp_path, torch.float32))
+    parts = stored_parts(weights, {name: weights[name] for name in weights if name not in weights.tied})
+    assert set(parts) == set(checkpoint.tensors)
+    assert all(torch.equal(parts[name], checkpoint.read(name)) for name in parts)
 
 
 def test_a_base_checkpoint_gets_a_new_head(tmp_path: Path) -> None:
