@@ -196,6 +196,8 @@ def _lifted(program: torch.export.ExportedProgram) -> tuple[fx.Graph, dict[str, 
 
 
 def _dotted(path: str) -> str:
+    if path.startswith("_empty_nn_module_stack"):
+        return ""
     return path.removeprefix("L['self'].").removeprefix("L['self']").replace("[", ".").replace("]", "").replace("'", "")
 
 
