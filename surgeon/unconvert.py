@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from transformers.core_model_loading import apply_renamings
+from transformers.core_model_loading import rename_source_key
 
 from surgeon.errors import UnsupportedError
 from surgeon.weights import ModelWeights
@@ -46,7 +46,7 @@ def _reverted(weights: ModelWeights, name: str, group: Mapping[str, torch.Tensor
         first = first or renamed
         back.add_tensor(renamed, parameter, pattern, value)
     found = back.convert(first, model=weights.model, config=weights.model.config)
-    intermediate = {apply_renamings(source, weights.renamings): source for source in weights.sources(name)}
+    intermediate = {rename_source_key(source, weights.renamings, [])[0]: source for source in weights.sources(name)}
     parts = {}
     for key, value in found.items():
         source = _matching(key, intermediate, weights.model.base_model_prefix)
