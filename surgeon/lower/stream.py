@@ -97,6 +97,7 @@ def write_entries(
     Raises CheckFailed if a changed tensor is not finite in its stored dtype, UsageError if a source is cut short.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_core_for_writing())
         sink = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         stack.callback(os.close, sink)
         handles: dict[Path, int] = {}
@@ -119,6 +120,17 @@ def write_entries(
                     writer.then(_write, sink, _bytes(block))
             wrote(entry, entry.nbytes)
         writer.finish()
+
+
+@contextlib.contextmanager
+def _core_for_writing() -> Iterator[None]:
+    # Threads of a computation wait for each other: if the writer takes the core of one, all of them stand still.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Writer:
