@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from surgeon import cleanup, interface, ops
 from surgeon.errors import SurgeonError, UnsupportedError
-from surgeon.graph import Graph, TensorSpec, copied
+from surgeon.graph import Graph, TensorSpec, copied, sweep
 from surgeon.layers import LayerTracer, Retrace
 from surgeon.split import Split, split
 from surgeon.tasks import TASKS, Task, find_task
@@ -226,10 +226,25 @@ def _graph(
         stored = leaf not in model.get_submodule(owner)._non_persistent_buffers_set
         dtype = None if buffer.dtype == cleanup.TRACE_DTYPE else buffer.dtype
         tensors[name] = TensorSpec(tuple(buffer.shape), dtype, persistent=stored, parameter=False)
+    _read_own_names(cut.trunk, ties)
     return Graph(
         config=model.config, task=task.name, trunk=cut.trunk, layers=cut.layers, tensors=tensors, values={}, ties=ties,
         outputs=trace.outputs, notes=(*notes, *why),
     )  # fmt: skip
+
+
+def _read_own_names(trunk: fx.Graph, ties: dict[str, str]) -> None:
+    """Give every reader of a tied weight its own name for it; `torch.export` keeps one name for all."""
+    names = {*ties, *ties.values()}
+    for node in [n for n in trunk.nodes if n.op == "get_attr" and n.target in names]:
+        for user in list(node.users):
+            own = f"{user.meta.get('path', '')}.weight"
+            if own in names and own != node.target:
+                with trunk.inserting_before(user):
+                    fresh = trunk.get_attr(own)
+                fresh.meta = dict(node.meta)
+                user.replace_input_with(node, fresh)
+    sweep(trunk)
 
 
 @contextlib.contextmanager
