@@ -8,9 +8,8 @@ transformers' own attention interface to the one `surgeon::attention` operator, 
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
-import logging
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,7 @@ from surgeon.graph import Graph, TensorSpec, copied, sweep
 from surgeon.layers import LayerTracer, Retrace
 from surgeon.split import Split, split
 from surgeon.tasks import TASKS, Task, find_task
+from surgeon.tracing import literals, quiet, silence_noise
 
 assert ops  # registers the operators
 _BATCH, _LENGTH = 2, 5
@@ -45,7 +45,10 @@ def build(config: transformers.PretrainedConfig, task: Task, attention: str) -> 
     auto = getattr(transformers, task.auto_class)
     with torch.device("meta"):
         model: transformers.PreTrainedModel = auto.from_config(
-            config, attn_implementation=attention, dtype=cleanup.TRACE_DTYPE
+            copy.deepcopy(config),
+            attn_implementation=attention,
+            experts_implementation=interface.NAME,
+            dtype=cleanup.TRACE_DTYPE,
         )
     model.tie_weights()
     for parameter in model.parameters():
@@ -69,10 +72,12 @@ def capture_config(
     kind = task if isinstance(task, Task) else find_task(task, config.architectures, config.model_type)
     reasons: list[str] = []
     for attention in ("surgeon", "sdpa", "eager"):
-        with _quiet(), contextlib.suppress(_NotThisWay):
+        with quiet(), contextlib.suppress(_NotThisWay):
             model, trace, cut = _traced(config, kind, attention, share_layers, reasons)
             notes = trace.notes if attention == "surgeon" else (*trace.notes, f"attention captured as {attention}")
-            return _graph(model, kind, trace, cut, notes, reasons if attention != "surgeon" else [])
+            graph = _graph(model, kind, trace, cut, notes, reasons if attention != "surgeon" else [])
+            graph.config = config
+            return graph
     raise UnsupportedError(
         f"cannot capture {config.model_type} for {kind.name}: {reasons[0]}",
         type(config).__name__,
@@ -129,7 +134,7 @@ def example_inputs(model: nn.Module, task: Task) -> dict[str, torch.Tensor]:
 def _export(model: transformers.PreTrainedModel, task: Task, share: bool, private: set[str]) -> Trace:
     inputs = example_inputs(model, task)
     names: list[str] = []
-    notes = _silence_noise(model)
+    notes = silence_noise(model)
     forward = model.forward
     extra = {"use_cache": False} if "use_cache" in inspect.signature(forward).parameters else {}
 
@@ -142,7 +147,7 @@ def _export(model: transformers.PreTrainedModel, task: Task, share: bool, privat
     parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in inputs]
     traced.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     dynamic = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in inputs}
-    with interface.recording() as record, LayerTracer(model, share=share, private=private) as tracer, torch.no_grad(), _NoLayerDrop():
+    with interface.recording() as record, LayerTracer(model, share=share, private=private) as tracer, torch.no_grad(), literals():
         program = torch.export.export(model, (), inputs, dynamic_shapes=dynamic, strict=False)
     for kind in tracer.kinds.values():
         if kind.followers and any(index.read for index in kind.indices):
@@ -158,33 +163,15 @@ def _export(model: transformers.PreTrainedModel, task: Task, share: bool, privat
     return Trace(graph, followers, tuple(names), tuple([*notes, *record.notes]), constants)
 
 
-def _silence_noise(model: nn.Module) -> list[str]:
-    """Train mode, so that dropout is in the graph, without the other randomness of training; say what was left out."""
-    model.train()
-    notes = []
-    for path, module in model.named_modules():
-        for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop", "jitter_noise", "router_jitter_noise"):
-            value = module.__dict__.get(name)
-            if isinstance(value, float) and value:
-                module.__dict__[name] = 0.0
-                notes.append(f"{path}.{name} = {value} is left out")
-    return notes
-
-
-class _NoLayerDrop(torch.overrides.TorchFunctionMode):
-    """Layer drop draws one scalar and compares it with a probability that is 0 here: give it a constant."""
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.rand and args and not isinstance(args[0], int) and len(args[0]) == 0:
-            return 1.0
-        return func(*args, **(kwargs or {}))
-
-
 def _lifted(program: torch.export.ExportedProgram) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
     """The program's graph with parameters as attributes, module paths in `meta["path"]`, and its constants."""
     module = program.module(check_guards=False)
-    constants = {name: value for name, value in program.constants.items() if isinstance(value, torch.Tensor)}
     graph, _ = copied(module.graph)
+    constants = {
+        str(node.target): _attribute(module, str(node.target))
+        for node in graph.nodes
+        if node.op == "get_attr" and str(node.target).rpartition(".")[2].startswith("lifted_tensor")
+    }
     for node in graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
         node.meta["path"] = _dotted(list(stack.values())[-1][0]) if stack else ""
@@ -227,10 +214,25 @@ def _graph(
         dtype = None if buffer.dtype == cleanup.TRACE_DTYPE else buffer.dtype
         tensors[name] = TensorSpec(tuple(buffer.shape), dtype, persistent=stored, parameter=False)
     _read_own_names(cut.trunk, ties)
-    return Graph(
+    graph = Graph(
         config=model.config, task=task.name, trunk=cut.trunk, layers=cut.layers, tensors=tensors, values={}, ties=ties,
         outputs=trace.outputs, notes=(*notes, *why),
     )  # fmt: skip
+    _add_constants(graph, trace.constants)
+    return graph
+
+
+def _add_constants(graph: Graph, constants: dict[str, torch.Tensor]) -> None:
+    """Register the tensors that the model's code makes from data; layers that share a graph share their values."""
+    for part, prefixes in graph.parts():
+        for node in part.nodes:
+            full = prefixes[0] + str(node.target)
+            if node.op != "get_attr" or full not in constants:
+                continue
+            for prefix in prefixes:
+                name, value = prefix + str(node.target), constants[full]
+                graph.tensors[name] = TensorSpec(tuple(value.shape), value.dtype, persistent=False, parameter=False)
+                graph.inserted[name] = lambda value=value: value.detach().clone()  # type: ignore[misc]
 
 
 def _read_own_names(trunk: fx.Graph, ties: dict[str, str]) -> None:
@@ -245,14 +247,3 @@ def _read_own_names(trunk: fx.Graph, ties: dict[str, str]) -> None:
                 fresh.meta = dict(node.meta)
                 user.replace_input_with(node, fresh)
     sweep(trunk)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Transformers and torch.export warn about what capture does on purpose."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(level)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from surgeon import masks
 from surgeon.masks import Mask, MaskFunction
@@ -134,5 +135,28 @@ def _same_length(query: torch.Tensor, key: torch.Tensor) -> bool:
     return bool(lengths[0] == lengths[1])
 
 
+def _experts(
+    module: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """A mixture of experts over tokens sorted by expert: two or three `surgeon::expert_linear` nodes, any routing."""
+    each = top_k_index.shape[-1]
+    ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    states = _through(module, first, hidden_states[order // each], ids)
+    states = module._apply_gate(states) if module.has_gate else module.act_fn(states)
+    states = _through(module, "down_proj", states, ids)
+    if module.has_post_expert_norm:
+        states = module.post_expert_norm(states)
+    states = states * top_k_weights.reshape(-1)[order][:, None]
+    states = states[torch.argsort(order)].view(-1, each, hidden_states.shape[-1]).sum(1)
+    return states.to(hidden_states.dtype)
+
+
+def _through(module: torch.nn.Module, name: str, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    bias = getattr(module, f"{name}_bias") if module.has_bias else None
+    return torch.ops.surgeon.expert_linear(rows, getattr(module, name), ids, bias, transposed=bool(module.is_transposed))
+
+
 AttentionInterface.register(NAME, _attention)
+ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
 AttentionMaskInterface.register(NAME, _mask)

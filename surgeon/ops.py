@@ -18,6 +18,7 @@ _LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? bias=None, Tensor? sinks=None, *, float scale, "
     "bool causal=False, int window=0, int chunk=0, float softcap=0.0, float dropout_p=0.0, str role='self') -> Tensor"
 )
+_LIBRARY.define("expert_linear(Tensor x, Tensor weight, Tensor ids, Tensor? bias=None, *, bool transposed=False) -> Tensor")
 _LIBRARY.define("enter(Tensor[] xs, str path) -> Tensor[]")
 _LIBRARY.define("leave(Tensor[] xs, str path) -> Tensor[]")
 _LIBRARY.define("layer(Tensor[] xs, SymInt[] sizes, str path) -> Tensor[]")
@@ -187,4 +188,37 @@ def _explicit(
     return weights @ v
 
 
+def expert_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    transposed: bool = False,
+) -> torch.Tensor:
+    """y[i] = W[ids[i]] x[i] + bias[ids[i]]: every row through the expert it was sent to.
+
+    Args:
+        x: rows `[n, in]`, those of one expert together.
+        weight: `[experts, out, in]`, or `[experts, in, out]` if `transposed`.
+        ids: expert of each row `[n]`, ascending.
+        bias: `[experts, out]`.
+        transposed: see `weight`.
+
+    Returns:
+        `[n, out]`.
+    """
+    matrices = weight.transpose(1, 2) if transposed else weight
+    if _tracing(x):
+        y = torch.bmm(matrices[ids], x[:, :, None])[:, :, 0]
+        return y if bias is None else y + bias[ids]
+    counts = torch.bincount(ids, minlength=len(matrices)).tolist()
+    rows = x.split(counts)
+    parts = [
+        F.linear(rows[i], matrices[i], None if bias is None else bias[i]) for i, count in enumerate(counts) if count
+    ]
+    return torch.cat(parts) if parts else x.new_empty(0, matrices.shape[1])
+
+
 _LIBRARY.impl("attention", attention, "CompositeImplicitAutograd")
+_LIBRARY.impl("expert_linear", expert_linear, "CompositeImplicitAutograd")
