@@ -77,6 +77,8 @@ def train(
     done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     _set_checkpointing(model, recipe.gradient_checkpointing)
     began = time.perf_counter()
+    config: Any = model.config
+    use_cache = getattr(config, "use_cache", None)
     log, bar = LossLog(out / "loss.jsonl", done), ProgressBar(run["total_steps"], done, progress)
     try:
         trainer = SurgeonTrainer(
@@ -97,6 +99,8 @@ def train(
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         bar.close()
+        if use_cache is not None:
+            config.use_cache = use_cache  # Trainer turns it off
         model.zero_grad(set_to_none=True)
     plot = out / "loss.png"
     plot_log(log.path, plot, f"{run['total_steps']} steps, {trainable:,} trained parameters")

@@ -63,8 +63,7 @@ class SurgeonTrainer(transformers.Trainer):
     ) -> None:
         self.hooks, self.log_file, self.bar, self.run, self.tokenizer = hooks, log, bar, run, tokenizer
         self.bf16 = run["precision"] == "bf16"
-        self.tokens_seen = 0
-        self.last_eval: float | None = None
+        self.tokens_seen = self.tokens_logged = 0
         super().__init__(callbacks=[_HookCalls(hooks)], **options)
         self.remove_callback(transformers.PrinterCallback)
         self.began = time.perf_counter()
@@ -109,7 +108,9 @@ class SurgeonTrainer(transformers.Trainer):
         step = self.state.global_step
         if "loss" not in logs:
             return
-        rate = self.tokens_seen / (time.perf_counter() - self.began)
+        now = time.perf_counter()
+        rate = (self.tokens_seen - self.tokens_logged) / (now - self.began)
+        self.tokens_logged, self.began = self.tokens_seen, now
         norm = logs.get("grad_norm", 0.0)
         self.log_file.add(
             step=step, loss=logs["loss"], lr=logs["learning_rate"], grad_norm=norm, tokens_per_second=round(rate, 1)
@@ -126,8 +127,8 @@ class SurgeonTrainer(transformers.Trainer):
         """The loss on the held-out data, also written to loss.jsonl."""
         size, precision = self.args.per_device_eval_batch_size, "bf16" if self.bf16 else "fp32"
         report = evaluate(self.model, self.tokenizer, self.eval_dataset, batch_size=size, precision=precision)
-        self.last_eval = report.loss
         self.log_file.add(step=self.state.global_step, eval_loss=report.loss, eval_accuracy=report.accuracy)
+        self.began = time.perf_counter()
         return {"eval_loss": report.loss}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -143,6 +144,7 @@ class SurgeonTrainer(transformers.Trainer):
             self.state.save_to_json(str(folder / STATE))
         for old in checkpoints(out)[:-KEPT]:
             _remove(old)
+        self.began = time.perf_counter()
 
     def load_finished(self, checkpoint: Path) -> None:
         """Takes the model and the hooks of a run that had made all its steps (Trainer would make one more)."""
@@ -188,6 +190,11 @@ class _HookCalls(transformers.TrainerCallback):
         """After the optimiser's step, before the gradients are cleared."""
         for hook in self.hooks:
             hook.after_step(kwargs["model"], kwargs["optimizer"], state.global_step, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The last step is evaluated too, whatever the interval."""
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = args.eval_strategy != "no"
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer would repeat here what the epoch's last step has evaluated and saved."""

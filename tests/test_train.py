@@ -205,12 +205,12 @@ def test_checkpoints_hold_no_pickle_and_only_what_trains(tmp_path: Path) -> None
 def test_hooks_log_and_report(tmp_path: Path) -> None:
     model, hook = small(), Noise()
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    report = run(tmp_path, model, hook, eval_every=5)
+    report = run(tmp_path, model, hook, eval_every=4)
     assert hook.calls == [call for step in range(10) for call in (f"before {step}/10", f"after {step}")]
     lines = curve(tmp_path)
     losses = [line for line in lines if "loss" in line]
     assert [line["step"] for line in losses] == list(range(1, 11))
-    assert [line["step"] for line in lines if "eval_loss" in line] == [5, 10]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [4, 8, 10]
     assert losses[0]["lr"] == 0.0
     assert losses[2]["lr"] == OPTIONS["lr"]
     assert all(line["grad_norm"] > 0 for line in losses)
@@ -218,6 +218,7 @@ def test_hooks_log_and_report(tmp_path: Path) -> None:
     assert report.trainable_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert report.checkpoint is None
     assert report.plot.read_bytes().startswith(b"\x89PNG")
+    assert model.config.use_cache is True
     parameters = dict(model.named_parameters())
     assert all(torch.equal(parameters[name], value) for name, value in frozen.items())
 
