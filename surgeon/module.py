@@ -1,7 +1,7 @@
 """A `Graph` as a `torch.nn.Module` with the Hugging Face model's parameter names and call.
 
-Layers are modules of their own: the unit of activation checkpointing, and of streaming, where a layer's weights are
-read when it runs and dropped after.
+Layers are modules of their own, the unit of activation checkpointing. A graph too large for memory runs through
+`surgeon.stream` instead.
 """
 
 from __future__ import annotations
@@ -54,23 +54,6 @@ class Layer(Scope):
         return function(self, *args)
 
 
-class StreamedLayer(Scope):
-    """A layer whose tensors are read from the graph's values each time it runs."""
-
-    def __init__(self, owner: Graph, path: str, dtype: torch.dtype | None, device: torch.device) -> None:
-        super().__init__()
-        self.owner, self.path, self.dtype, self.device = owner, path, dtype, device
-
-    def forward(self, *args: Any) -> Any:
-        """Load, run, drop."""
-        layer = Layer(self.owner.layers[self.path])
-        prefix = f"{self.path}."
-        for name in self.owner.tensors:
-            if name.startswith(prefix):
-                place(layer, name.removeprefix(prefix), *_loaded(self.owner, name, self.dtype, self.device))
-        return layer.eval()(*args)
-
-
 class GraphModule(Scope):
     """The trunk and its layers as one module; `forward` takes the graph's inputs and returns its outputs."""
 
@@ -98,7 +81,6 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    stream: bool = False,
     into: GraphModule | None = None,
 ) -> GraphModule:
     """Build the module of a graph and read its tensors.
@@ -107,7 +89,6 @@ def load(
         graph: a graph with values.
         dtype: the dtype of the model; None keeps each tensor's own.
         device: where the tensors go.
-        stream: read each layer's tensors only while it runs, for models larger than memory (evaluation only).
         into: a module to fill instead of a new one.
 
     Raises:
@@ -116,21 +97,21 @@ def load(
     where = torch.device(device)
     root = into if into is not None else GraphModule(graph)
     for path, shared in graph.layers.items():
-        _add(root, path, StreamedLayer(graph, path, dtype, where) if stream else Layer(shared))
-    streamed = tuple(f"{path}." for path in graph.layers) if stream else ()
-    for name in graph.tensors:
-        if not (streamed and name.startswith(streamed)):
-            place(root, name, *_loaded(graph, name, dtype, where))
+        _add(root, path, Layer(shared))
+    for name, spec in graph.tensors.items():
+        place(root, name, read_tensor(graph, name, dtype, where), spec)
     for alias, name in graph.ties.items():
-        if not (streamed and alias.startswith(streamed)):
-            owner, leaf = _parent(root, alias)
-            owner.register_parameter(leaf, root.get_parameter(name))
+        owner, leaf = _parent(root, alias)
+        owner.register_parameter(leaf, root.get_parameter(name))
     return root.eval()
 
 
-def _loaded(
-    graph: Graph, name: str, dtype: torch.dtype | None, device: torch.device
-) -> tuple[torch.Tensor, TensorSpec]:
+def read_tensor(graph: Graph, name: str, dtype: torch.dtype | None, device: torch.device) -> torch.Tensor:
+    """The value of a tensor of the graph, in its own fixed dtype or the wanted one.
+
+    Raises:
+        UsageError: it has none.
+    """
     spec = graph.tensors[name]
     if name in graph.inserted:
         tensor = graph.inserted[name]()
@@ -139,7 +120,7 @@ def _loaded(
     else:
         raise UsageError(f"no value for {name}", graph.source or type(graph.config).__name__, "load a checkpoint")
     wanted = spec.dtype or (dtype if tensor.is_floating_point() else None)
-    return tensor.to(device=device, dtype=wanted or tensor.dtype), spec
+    return tensor.to(device=device, dtype=wanted or tensor.dtype)
 
 
 def place(root: nn.Module, name: str, tensor: torch.Tensor, spec: TensorSpec) -> None:

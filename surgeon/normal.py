@@ -70,6 +70,17 @@ class Normal:
             result = result * self.s.to(result.dtype)[..., None]
         return result
 
+    def outputs(self, rows: slice) -> Normal:
+        """The adapter of some of the outputs."""
+        b = None if self.b is None else self.b[..., rows, :]
+        return dataclasses.replace(self, b=b, s=None if self.s is None else self.s[rows])
+
+    def inputs(self, columns: slice) -> Normal:
+        """The adapter of some of the inputs (of a whole number of groups)."""
+        a = self.a if self.a is None or self.group == 1 else self.a.repeat_interleave(self.group, -1)
+        u = None if self.u is None else self.u[columns]
+        return dataclasses.replace(self, a=None if a is None else a[..., columns], u=u, group=1)
+
 
 @dataclass(frozen=True)
 class Columns:

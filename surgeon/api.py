@@ -1,0 +1,170 @@
+"""The Python interface: the command line's verbs as functions. `import surgeon` gives them lazily."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from surgeon import run, store
+from surgeon.errors import UsageError
+from surgeon.graph import Graph
+from surgeon.lower.merge import Merged
+from surgeon.lower.merge import merge as merge_folder
+from surgeon.model import SurgeonModel, load_model
+from surgeon.passes import make
+from surgeon.passes.base import Pass
+from surgeon.source import Source, open_graph, open_source
+from surgeon.verification import Comparison, compare, make_probes
+
+
+def plan(base: str | Path, method: str | Pass = "lora", *, task: str | None = None, **options: Any) -> Any:
+    """What a method would cost on a base: sites, parameters, bytes, FLOPs; from config.json alone.
+
+    Args:
+        base: folder or hub id.
+        method: name of a pass, or a pass.
+        task: see `surgeon.tasks`.
+        options: of the method.
+    """
+    from surgeon import planning
+
+    graph = open_graph(open_source(base, task, weights=False), values=False)
+    return planning.plan(graph, _step(method, options))
+
+
+def apply(
+    base: str | Path | SurgeonModel,
+    method: str | Pass = "lora",
+    *,
+    task: str | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> SurgeonModel:
+    """A base with a method applied, ready to train. Applying to a model stacks.
+
+    Args:
+        base: folder, hub id, work folder, or a model from `load` or `apply`.
+        method: name of a pass, or a pass.
+        task: see `surgeon.tasks`.
+        seed: of the first values of what is inserted.
+        dtype: the dtype of the model; None keeps the checkpoint's.
+        options: of the method.
+    """
+    if isinstance(base, SurgeonModel):
+        graph, tokenizer = base.trained(), base.tokenizer
+    else:
+        graph, tokenizer = read(base, task), tokenizer_of(base)
+    model = load_model(run.apply(graph, _step(method, options), seed=seed), dtype=dtype)
+    model.tokenizer = tokenizer
+    return model
+
+
+def load(
+    folder: str | Path,
+    *,
+    task: str | None = None,
+    base: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> SurgeonModel:
+    """A work folder, a PEFT adapter folder or a plain checkpoint as a model with Hugging Face's forward and `.generate`.
+
+    Args:
+        folder: the folder, or a hub id.
+        task: for plain checkpoints, see `surgeon.tasks`.
+        base: the base, where the folder's own record of it no longer holds.
+        dtype: the dtype of the model; None keeps the checkpoint's.
+        device: where its tensors go.
+    """
+    graph = read(folder, task, base)
+    model = load_model(graph, dtype=dtype, device=device)
+    model.tokenizer = tokenizer_of(folder) or tokenizer_of(graph.source)
+    return model
+
+
+def read(folder: str | Path, task: str | None = None, base: str | Path | None = None) -> Graph:
+    """The graph of a work folder, a PEFT adapter folder or a plain checkpoint, with values."""
+    if store.is_work_folder(folder):
+        return store.load(folder, base)
+    if store.is_adapter_folder(folder):
+        return store.load_adapter(folder, base)
+    return open_graph(open_source(folder, task))
+
+
+def merge(
+    work: str | Path | SurgeonModel,
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    overwrite: bool = False,
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+    progress: Any = None,
+) -> Merged:
+    """Fold the adapters of a work folder or PEFT adapter folder into a plain Hugging Face checkpoint, and prove it.
+
+    Raises:
+        CheckFailed: what would be written does not compute what the adapted model computes.
+        UsageError: there is nothing to merge.
+    """
+    graph = work.trained() if isinstance(work, SurgeonModel) else read(work, base=base)
+    if not graph.applied:
+        raise UsageError("there is nothing to merge: this is a plain checkpoint", str(work), "give a work or adapter folder")
+    source = base_of(graph)
+    return merge_folder(
+        graph, source, out, overwrite=overwrite, dtype=dtype, verify=verify, tokenizer=tokenizer_of(source.folder),
+        progress=progress,
+    )  # fmt: skip
+
+
+def export(work: str | Path, out: str | Path, *, target: str = "onnx", **options: Any) -> Any:
+    """Lower a model to what production runs: "hf" (a merged checkpoint) or "onnx"."""
+    from surgeon import lower
+
+    return lower.export(work, out, target=target, **options)
+
+
+def verify(first: str | Path, second: str | Path, *, task: str | None = None) -> Comparison:
+    """Whether two folders compute the same function, measured on probes; `.ok` says so."""
+    reference, candidate = read(first, task), read(second, task)
+    dtypes = [stored_dtype_of(graph) for graph in (reference, candidate)]
+    coarser = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    tokenizer = tokenizer_of(reference.source) or tokenizer_of(candidate.source)
+    rounded = None
+    if any(isinstance(step, Pass) for step in reference.applied) and not candidate.applied:
+        from surgeon.fold import fold
+
+        rounded = fold(reference)
+    return compare(reference, candidate, probes=make_probes(reference, tokenizer), rounded=rounded, dtype=coarser)
+
+
+def stored_dtype_of(graph: Graph) -> torch.dtype:
+    """The dtype of the graph's first floating weight."""
+    return next(
+        graph.values[name].dtype
+        for name, spec in graph.tensors.items()
+        if spec.parameter and name in graph.values and graph.values[name].is_floating_point()
+    )
+
+
+def base_of(graph: Graph) -> Source:
+    """The base a graph was read from."""
+    return open_source(graph.source, graph.task)
+
+
+def tokenizer_of(folder: str | Path) -> Any:
+    """The tokenizer of a folder, or None if it has none."""
+    if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
+        return None
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def _step(method: str | Pass, options: dict[str, Any]) -> Pass:
+    if isinstance(method, Pass):
+        return dataclasses.replace(method, **options) if options else method
+    return make(method, **options)
