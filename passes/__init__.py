@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from surgeon.errors import UsageError, nearest
+from surgeon.errors import UnsupportedError, UsageError, nearest
 from surgeon.passes.base import Pass
 
 PASSES = {
     "lora": "surgeon.passes.lora:Lora",
     "vera": "surgeon.passes.vera:Vera",
+    "kv_cache": "surgeon.passes.kv_cache:KvCache",
 }
+# PEFT's name of a method → ours.
+PEFT_TYPES = {"LORA": "lora", "VERA": "vera"}
 
 
 def find(name: str) -> type[Pass]:
@@ -30,3 +33,17 @@ def find(name: str) -> type[Pass]:
 def make(name: str, **options: Any) -> Pass:
     """A pass with options; raises UsageError for an unknown name or option."""
     return find(name).make(options)
+
+
+def find_peft(peft_type: str) -> type[Pass]:
+    """The pass that reads PEFT adapters of this type.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    if peft_type not in PEFT_TYPES:
+        raise UnsupportedError(
+            f"PEFT's method {peft_type or '(none)'} cannot be read", "peft_type in adapter_config.json",
+            f"supported: {', '.join(PEFT_TYPES)}",
+        )  # fmt: skip
+    return find(PEFT_TYPES[peft_type])

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from surgeon import wiring
 from surgeon.errors import UnsupportedError
 from surgeon.graph import Graph, Tag, TensorSpec, path_of
 from surgeon.sites import Site, _weights
@@ -62,6 +63,12 @@ class Edit:
         self.y = self._current_output()
         self._cursor = self.y
 
+    @classmethod
+    def of_trunk(cls, graph: Graph, owner: str) -> Edit:
+        """An edit of the trunk at no site in particular."""
+        first = next(node for node in graph.trunk.nodes if node.op == "placeholder")
+        return cls(graph, graph.trunk, [""], owner, Site("", "", "", first.name), 0)
+
     def _current_output(self) -> fx.Node:
         current = self.node
         for node in self.part.nodes:
@@ -100,18 +107,55 @@ class Edit:
             self._register(full, shape, init, trainable)
         if self.site.layer == "":
             return self._get(self.part, full, shape, self.y)
-        label = full.replace(".", "_")
+        held = {
+            path: self._get(self.graph.trunk, full, shape, wiring.call_of(self.graph.trunk, path)) for path in self.paths
+        }
+        return self.hand(full.replace(".", "_"), held)
+
+    def write_after(self, node: fx.Node) -> None:
+        """The nodes that follow are written after `node` instead of after the site's output."""
+        self._cursor = node
+
+    def copy(self, node: fx.Node, replaced: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        """The same operation on other inputs."""
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), replaced)
+        return self.call(node.target, *args, **kwargs)  # type: ignore[arg-type]
+
+    def model_input(self, names: Mapping[str, str], label: str, like: fx.Node, shape: tuple[Any, ...]) -> fx.Node:
+        """A new input of the model for every layer that shares the graph, handed into the layer.
+
+        Args:
+            names: layer path → name of the model's input.
+            label: name of the layer's input.
+            like: a node with its dtype.
+            shape: its shape, with symbolic sizes.
+        """
+        with like.meta["val"].fake_mode:
+            value = torch.empty(shape, dtype=like.meta["val"].dtype, device="meta")
+        made = [self._labelled(wiring.add_input(self.graph.trunk, names[path]), value) for path in self.paths]
+        return made[0] if self.part is self.graph.trunk else self.hand(label, dict(zip(self.paths, made, strict=True)))
+
+    def model_output(self, node: fx.Node, names: Mapping[str, str]) -> None:
+        """A node of this graph as an output of the model, for every layer that shares the graph; names by layer path."""
+        inside = self.part is not self.graph.trunk
+        position = wiring.add_result(self.part, node) if inside else -1
+        for path in self.paths:
+            result = node
+            if inside:
+                result = wiring.result_of(self.graph.trunk, path, position)
+                self._labelled(result, node.meta["val"])
+            wiring.add_result(self.graph.trunk, result)
+            self.graph.outputs = (*self.graph.outputs, names[path])
+
+    def hand(self, label: str, values: Mapping[str, fx.Node]) -> fx.Node:
+        """A new input of the layer; what the trunk gives it, by layer path. The known one if the label is taken."""
         for node in self.part.nodes:
             if node.op == "placeholder" and node.target == label:
                 return node
         for path in self.paths:
-            call = next(n for n in self.graph.trunk.nodes if n.op == "call_module" and n.target == path)
-            held = self._get(self.graph.trunk, full, shape, call)
-            call.args = (*call.args, held)
-        last = [node for node in self.part.nodes if node.op == "placeholder"][-1]
-        with self.part.inserting_after(last):
-            made = self.part.placeholder(label)
-        return self._labelled(made, self._fake(shape))
+            call = wiring.call_of(self.graph.trunk, path)
+            call.args = (*call.args, values[path])
+        return self._labelled(wiring.add_input(self.part, label), next(iter(values.values())).meta["val"])
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A node after everything written so far at this site."""

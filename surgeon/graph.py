@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MODEL_DTYPE = "model_dtype"
 MODEL_DEVICE = "model_device"
+INPUT = "input"  # node.meta key: the name of an input that is no Python identifier
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,9 @@ class Graph:
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the trunk's inputs, in order."""
-        return tuple(str(node.target) for node in self.trunk.nodes if node.op == "placeholder")
+        return tuple(
+            str(node.meta.get(INPUT, node.target)) for node in self.trunk.nodes if node.op == "placeholder"
+        )
 
     def groups(self) -> list[tuple[fx.Graph, list[str]]]:
         """Every distinct layer graph with the paths of the layers that share it, in the order of the layers."""

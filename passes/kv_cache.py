@@ -1,0 +1,278 @@
+"""K/V cache: attention over keys and values of earlier tokens, which are inputs, and of new tokens, which are outputs too.
+
+softmax(q · cat(past_k, k)ᵀ) cat(past_v, v): the same function of the whole text, computed a few tokens at a time.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from surgeon.errors import UnsupportedError, UsageError
+from surgeon.passes.base import ATTENTION, Pass, Skip
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from surgeon.edit import Edit
+    from surgeon.graph import Graph
+    from surgeon.sites import Site
+
+BOTH, PREFILL, STEP = "both", "prefill", "step"
+_MASKS = ("attention_mask", "decoder_attention_mask")
+
+
+@dataclass(frozen=True)
+class KvCache(Pass):
+    """Keys and values as inputs and outputs of the model.
+
+    `past_key_values.{i}.key` and `.value`, `[b, h_kv, past, d]`, are inputs; `present.{i}.key` and `.value`,
+    `[b, h_kv, past + t, d]`, are outputs. `attention_mask` is `[b, past + t]`; `position_ids` are those of the t new
+    tokens. An empty past is a prefill. Attentions that read one K/V (Gemma 3n) have one cache between them; caches are
+    numbered in the order of the model.
+
+    Encoder-decoder models have two kinds, `{i}.decoder.key` and `{i}.encoder.key`, and two graphs.
+
+    Options:
+        phase: "both" for decoder-only models. "prefill" has no past. "step" has one; for an encoder-decoder model it
+            also takes the keys and values of the encoder's states, which "prefill" returns, and has no encoder.
+    """
+
+    name: ClassVar[str] = "kv_cache"
+    keeps: ClassVar[str] = "exact"
+    stacks: ClassVar[bool] = False
+    kinds: ClassVar[tuple[str, ...]] = (ATTENTION,)
+    phase: str = BOTH
+
+    def __post_init__(self) -> None:
+        if self.phase not in (BOTH, PREFILL, STEP):
+            raise UsageError(f"kv_cache: phase is '{self.phase}'", "--phase", f"{BOTH}, {PREFILL} or {STEP}")
+
+    def requires(self, graph: Graph) -> None:
+        """Raise for a model that does not generate, or whose tokens meet anywhere but in attention nodes."""
+        from surgeon import lengths
+        from surgeon.run import require_node
+
+        model = graph.config.model_type
+        if graph.task not in ("causal-lm", "seq2seq-lm"):
+            what = f"kv_cache needs a model that generates; this one was captured for {graph.task}"
+            raise UnsupportedError(what, model, "capture it with task='causal-lm'")
+        if _seq2seq(graph) and self.phase == BOTH:
+            what = "kv_cache: an encoder-decoder model has two graphs"
+            raise UsageError(what, model, f"phase='{PREFILL}' and phase='{STEP}'")
+        require_node(graph, ATTENTION, self.name)
+        place = lengths.mixing(graph)
+        if place:
+            what = f"kv_cache: {model} carries state from token to token that is no key or value"
+            raise UnsupportedError(what, place, "generate without a cache: use_cache=False")
+
+    def match(self, graph: Graph) -> list[Site | Skip]:
+        """The decoder's attentions; an encoder's run once and have no cache."""
+        from surgeon import lengths
+        from surgeon.sites import sites
+
+        length = lengths.length_of(graph)
+        parts = {**graph.layers, "": graph.trunk}
+        decoder = {(id(p), n.name) for p in parts.values() for n in lengths.attentions(p) if lengths.axes(n, length)}
+        return [site for site in sites(graph, *self.kinds) if (id(parts[site.layer]), site.node) in decoder]
+
+    def rewrite(self, edit: Edit, site: Site) -> None:
+        """k, v → cat(past k, k), cat(past v, v); masks for all tokens; positions from past on."""
+        from surgeon import lengths
+
+        node = edit.node
+        if _is_cross(node):
+            self._encoder_states(edit)
+            return
+        if not node.kwargs.get("causal") and len(lengths.masks_of(edit.part)) < 2 and not _biased(node):
+            raise UnsupportedError("kv_cache: this attention sees later tokens, which are not known yet", site.path)
+        if not _is_borrowed(node):
+            self._cache(edit)
+        if self.phase != PREFILL:
+            _lengthen_masks(edit)
+            _shift_positions(edit)
+
+    def finish(self, graph: Graph, owner: str) -> None:
+        """What the trunk computes for its layers; the order of inputs and outputs; in a step no encoder."""
+        from surgeon import lengths, wiring
+        from surgeon.edit import Edit
+
+        if self.phase != PREFILL:
+            edit = Edit.of_trunk(graph, owner)
+            _lengthen_trunk(edit)
+            _shift_positions(edit)
+            lengths.lengthen_input(graph)
+        wiring.order(graph, _place)
+        if self.phase == STEP and _seq2seq(graph):
+            _read_sizes_off_the_decoder(graph)
+            wiring.prune(graph)
+
+    def ensures(self, result: Graph) -> None:
+        """Raise UnsupportedError if the shapes do not fit when there is a past."""
+        from surgeon.dry_run import dry_run
+
+        try:
+            dry_run(result)
+        except RuntimeError as error:
+            what = f"kv_cache: {result.config.model_type} mixes the length of the text with that of the new tokens"
+            raise UnsupportedError(what, str(error).splitlines()[0], "generate without a cache: use_cache=False") from error
+
+    def _cache(self, edit: Edit) -> None:
+        import torch
+
+        for position, word in ((1, "key"), (2, "value")):
+            new = edit.node.args[position]
+            if self.phase != PREFILL:
+                past = edit.model_input(_names(edit, "past_key_values", word), f"past_{word}", *_past(edit, new))
+                edit.write_after(edit.node.prev)
+                whole = edit.call(torch.ops.aten.cat.default, [past, new], 2)
+                for user in [user for user in new.users if user is not whole]:
+                    if user.op == "output" or user.target is edit.node.target:
+                        user.replace_input_with(new, whole)
+                new = whole
+            edit.model_output(new, _names(edit, "present", word))
+
+    def _encoder_states(self, edit: Edit) -> None:
+        """Cross-attention: its keys and values do not change from token to token."""
+        for position, word in ((1, "key"), (2, "value")):
+            given = edit.node.args[position]
+            if self.phase == PREFILL:
+                edit.model_output(given, _names(edit, "present", word))
+                continue
+            names = _names(edit, "past_key_values", word)
+            held = edit.model_input(names, f"encoder_{word}", given, tuple(given.meta["val"].shape))
+            edit.node.update_arg(position, held)
+
+
+def _seq2seq(graph: Graph) -> bool:
+    return "decoder_input_ids" in graph.inputs
+
+
+def _is_cross(node: fx.Node) -> bool:
+    return bool(node.kwargs.get("role") == "cross")
+
+
+def _biased(node: fx.Node) -> bool:
+    return len(node.args) > 4 and node.args[4] is not None
+
+
+def _is_borrowed(node: fx.Node) -> bool:
+    """Whether the keys are another attention's: handed in by an earlier layer, or already with their past."""
+    return node.args[1].op == "placeholder" or _source(node) is not node.args[1]  # type: ignore[union-attr]
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """The keys before their past was put in front."""
+    from surgeon.graph import tag
+
+    keys = node.args[1]
+    ours = tag(keys) is not None and keys.target.__name__ == "cat.default"  # type: ignore[arg-type,union-attr]
+    return keys.args[0][1] if ours else keys  # type: ignore[union-attr,return-value]
+
+
+def _names(edit: Edit, stem: str, word: str) -> dict[str, str]:
+    """The model's input or output for this site, by layer path."""
+    cross, seq2seq = _is_cross(edit.node), _seq2seq(edit.graph)
+    kind = ("encoder." if cross else "decoder.") if seq2seq else ""
+    label = edit.node.name if cross else _source(edit.node).name
+    numbers = _numbers(edit, cross)
+    return {path: f"{stem}.{numbers[path, label]}.{kind}{word}" for path in edit.paths}
+
+
+def _numbers(edit: Edit, cross: bool) -> dict[tuple[str, str], int]:
+    """(layer, keys) → number of its cache, in the order of the model; cross-attentions are counted apart."""
+    from surgeon import lengths
+
+    length, numbers = lengths.length_of(edit.graph), dict[tuple[str, str], int]()
+    parts = {**edit.graph.layers, **{path: edit.part for path in edit.paths}}
+    for step in edit.graph.trunk.nodes:
+        path = str(step.target) if step.op == "call_module" else ""
+        inner = lengths.attentions(parts[path]) if path else [step] if step.target is lengths.ATTENTION_OP else []
+        for node in inner:
+            if _is_cross(node) is cross and lengths.axes(node, length):
+                source = node if cross else _source(node)
+                if source.op != "placeholder":
+                    numbers.setdefault((path, source.name), len(numbers))
+    return numbers
+
+
+def _past(edit: Edit, new: fx.Node) -> tuple[fx.Node, tuple[object, ...]]:
+    """What a past looks like: `new` with as many tokens as there were before."""
+    from surgeon import lengths
+
+    batch, heads, _, size = new.meta["val"].shape
+    return new, (batch, heads, lengths.past_symbol(edit.graph), size)
+
+
+def _lengthen_masks(edit: Edit) -> None:
+    """Key masks and biases that this graph computes, for all tokens."""
+    from surgeon import lengths
+
+    length = lengths.length_of(edit.graph)
+    for position in (3, 4):
+        mask = edit.node.args[position] if position < len(edit.node.args) else None
+        if mask is not None and mask.op != "placeholder" and lengths.axes(mask, length):  # type: ignore[union-attr]
+            whole = lengths.extended(edit, mask, length, rows=position == 4)  # type: ignore[arg-type]
+            mask.replace_all_uses_with(whole, delete_user_cb=lambda user, whole=whole: user is not whole)  # type: ignore[union-attr]
+
+
+def _shift_positions(edit: Edit) -> None:
+    """Counts of the new tokens start at the number of the old ones."""
+    import torch
+
+    from surgeon import lengths
+    from surgeon.graph import sweep
+
+    sweep(edit.part)
+    for node in lengths.positions(edit.part, lengths.length_of(edit.graph)):
+        if node.meta.setdefault("shifted_by", edit.owner) != edit.owner or len(node.users) == 0:
+            continue
+        past = lengths.sizes(edit)[0]
+        edit.write_after(node)
+        moved = edit.call(torch.ops.aten.add.Tensor, node, past)
+        node.replace_all_uses_with(moved, delete_user_cb=lambda user, moved=moved: user is not moved)
+
+
+def _lengthen_trunk(edit: Edit) -> None:
+    """Key masks and biases that the trunk computes for its layers."""
+    from surgeon import lengths
+
+    graph, length = edit.graph, lengths.length_of(edit.graph)
+    known: dict[tuple[fx.Node, bool], fx.Node] = {}
+    for call in [node for node in graph.trunk.nodes if node.op == "call_module"]:
+        layer = graph.layers[str(call.target)]
+        masks = set(lengths.ancestors(lengths.masks_of(layer, cross=False)))
+        biases = {node.args[4] for node in lengths.attentions(layer) if _biased(node)}
+        for position, (inner, given) in enumerate(lengths.fed(layer, call)):
+            if inner not in masks or not lengths.axes(given, length) or lengths.comes_from_layer(given):
+                continue
+            _check_origin(graph, given)
+            key = (given, inner in biases)
+            if key not in known:
+                known[key] = lengths.extended(edit, given, length, rows=key[1])
+            call.update_arg(position, known[key])
+
+
+def _check_origin(graph: Graph, mask: fx.Node) -> None:
+    from surgeon import lengths
+
+    for node in lengths.ancestors([mask]):
+        if node.op == "placeholder" and str(node.target) not in _MASKS:
+            what = f"kv_cache: an attention mask of {graph.config.model_type} is computed from {node.target}"
+            raise UnsupportedError(what, mask.name, "generate without a cache: use_cache=False")
+
+
+def _place(name: str) -> tuple[int, int, str]:
+    found = re.fullmatch(r"(?:past_key_values|present)\.(\d+)\.(.+)", name)
+    return (1, int(found[1]), found[2]) if found else (0, 0, "")
+
+
+def _read_sizes_off_the_decoder(graph: Graph) -> None:
+    """The batch size and the encoder's length, which are read off `input_ids`, from what a step is given."""
+    import torch
+
+    inputs = {str(node.target): node for node in graph.trunk.nodes if node.op == "placeholder"}
+    for node in list(inputs["input_ids"].users):
+        if node.target is torch.ops.aten.sym_size.int:
+            node.update_arg(0, inputs["decoder_input_ids" if node.args[1] == 0 else "attention_mask"])

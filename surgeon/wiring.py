@@ -1,0 +1,93 @@
+"""Inputs and outputs of a trunk and its layers, added, ordered and dropped again."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from surgeon.errors import UnsupportedError
+from surgeon.graph import INPUT, Graph, copied, sweep
+
+def add_input(part: fx.Graph, name: str) -> fx.Node:
+    """A placeholder after those there are; `name` is what users see, dots and all."""
+    inputs = [node for node in part.nodes if node.op == "placeholder"]
+    with part.inserting_after(inputs[-1]):
+        made = part.placeholder(name.replace(".", "_"))
+    if str(made.target) != name:
+        made.meta[INPUT] = name
+    return made
+
+
+def output_of(part: fx.Graph) -> fx.Node:
+    """The output node."""
+    return next(iter(reversed(part.nodes)))
+
+
+def add_result(part: fx.Graph, node: fx.Node) -> int:
+    """One more result at the end; returns its position."""
+    output = output_of(part)
+    results: Any = output.args[0]
+    output.args = ((*results, node),)
+    return len(results)
+
+
+def call_of(trunk: fx.Graph, path: str) -> fx.Node:
+    """The call of a layer.
+
+    Raises:
+        UnsupportedError: it is called more than once.
+    """
+    calls = [node for node in trunk.nodes if node.op == "call_module" and node.target == path]
+    if len(calls) != 1:
+        raise UnsupportedError(f"the layer is called {len(calls)} times", path)
+    return calls[0]
+
+
+def result_of(trunk: fx.Graph, path: str, position: int) -> fx.Node:
+    """A node for one result of a layer, after its call."""
+    call = call_of(trunk, path)
+    with trunk.inserting_after(call):
+        return trunk.call_function(operator.getitem, (call, position))
+
+
+def order(graph: Graph, key: Callable[[str], Any]) -> None:
+    """Sort the trunk's inputs and outputs by a key of their public names; equal keys keep their order."""
+    inputs = [node for node in graph.trunk.nodes if node.op == "placeholder"]
+    names = dict(zip(inputs, graph.inputs, strict=True))
+    arranged = sorted(inputs, key=lambda node: key(names[node]))
+    for before, after in zip(arranged, arranged[1:]):
+        before.append(after)
+    output = output_of(graph.trunk)
+    results: Any = output.args[0]
+    pairs = sorted(zip(graph.outputs, results, strict=True), key=lambda pair: key(pair[0]))
+    graph.outputs = tuple(name for name, _ in pairs)
+    output.args = (tuple(node for _, node in pairs),)
+
+
+def prune(graph: Graph) -> None:
+    """Drop what no output needs: inputs of layers and of the model, whole layers, and the tensors only those read."""
+    for shared, paths in graph.groups():
+        part, _ = copied(shared)
+        sweep(part)
+        keep = [bool(node.users) for node in part.nodes if node.op == "placeholder"]
+        for path in paths:
+            call = call_of(graph.trunk, path)
+            call.args = tuple(arg for arg, kept in zip(call.args, keep, strict=True) if kept)
+            graph.layers[path] = part
+        _drop_inputs(part)
+    sweep(graph.trunk)
+    _drop_inputs(graph.trunk)
+    called = {str(node.target) for node in graph.trunk.nodes if node.op == "call_module"}
+    graph.layers = {path: layer for path, layer in graph.layers.items() if path in called}
+    read = {graph.resolve(prefix + str(node.target)) for prefix, node in graph.nodes() if node.op == "get_attr"}
+    graph.tensors = {name: spec for name, spec in graph.tensors.items() if name in read}
+    graph.ties = {alias: name for alias, name in graph.ties.items() if name in read}
+
+
+def _drop_inputs(part: fx.Graph) -> None:
+    for node in list(part.nodes):
+        if node.op == "placeholder" and not node.users:
+            part.erase_node(node)
