@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## run the whole job on this machine: no network, no download, no GPU
-	$(BIN)/surgeon demo
+	$(BIN)/surgeon demo --overwrite
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check .
