@@ -1,0 +1,57 @@
+"""Captured graphs of the tiny families with their random weights, one capture per family and process."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks.zoo import build, families
+from surgeon.capture import capture_config
+from surgeon.graph import Graph
+from surgeon.replaced import Held
+
+
+@functools.cache
+def model_of(name: str, task: str | None = None) -> PreTrainedModel:
+    """The family's random eager model, in fp32 and eval mode; `task` is the family's own if not given."""
+    kind = task or families.task_of(name)
+    return build.build(families.tiny_config(name), "base" if kind == "features" else kind)
+
+
+@functools.cache
+def graph_of(name: str, task: str | None = None) -> Graph:
+    """That model captured, over its weights."""
+    model = model_of(name, task)
+    graph = capture_config(families.tiny_config(name), task or families.task_of(name))
+    values = {**dict(model.named_buffers()), **{k: v.detach() for k, v in model.state_dict().items()}}
+    return dataclasses.replace(graph, values=values, source=name)
+
+
+def inputs_of(graph: Graph, batch: int = 2, length: int = 7, seed: int = 0) -> list[torch.Tensor]:
+    """Random token ids without padding, and what goes with them, in the order of the graph's inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, graph.config.get_text_config().vocab_size, (batch, length), generator=generator)
+    made = []
+    for name in graph.inputs:
+        own = ids.flip(1)[:, :-1] if name.startswith("decoder_") else ids
+        if name.endswith("input_ids"):
+            made.append(own)
+        elif name.endswith("attention_mask"):
+            made.append(torch.ones_like(own))
+        else:
+            made.append(torch.arange(length).expand(batch, -1) if name == "position_ids" else torch.zeros_like(own))
+    return made
+
+
+def randomised(graph: Graph, seed: int = 1, std: float = 0.2, names: Iterable[str] | None = None) -> Graph:
+    """The graph with random values for what trains: an adapter after training, whatever its method."""
+    generator = torch.Generator().manual_seed(seed)
+    result = graph.copy()
+    for name in graph.trainable() if names is None else names:
+        drawn = torch.randn(graph.tensors[name].shape, generator=generator) * std
+        result.inserted[name] = Held(graph.inserted[name]().float() + drawn)
+    return result
