@@ -1,0 +1,253 @@
+"""What a method would cost on a model: `match` without `rewrite`, from `config.json` alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import fx
+from transformers import PretrainedConfig
+
+from surgeon import replaced
+from surgeon.errors import UsageError
+from surgeon.graph import Graph
+from surgeon.passes.base import Adapter, Cost, Pass, Skip
+from surgeon.run import chosen_sites, owner_of
+from surgeon.sites import CONV1D, LINEAR, Site, sites
+from surgeon.source import Source, open_graph, open_source
+
+_ADAPTER_BYTES = 4  # what passes insert is fp32
+_ADAMW_BYTES = 8  # two fp32 moments per trained parameter
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """One place a method would change.
+
+    Attributes:
+        path: of the module.
+        kind: of the site, see `surgeon.sites`.
+        shape: `[out, in]`; `[out, vocab]` for an embedding.
+        method: id of the pass.
+        rank: of the bypass; 0 where there is none.
+        trainable_parameters: that it adds here.
+    """
+
+    path: str
+    kind: str
+    shape: tuple[int, int]
+    method: str
+    rank: int
+    trainable_parameters: int
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Sizes in bytes.
+
+    Attributes:
+        base: the base model on disk, in its own dtype.
+        adapter: what the methods store, in fp32.
+        gradients: 4 per trained parameter.
+        optimizer: AdamW's two moments, 8 per trained parameter.
+        training: base, 4 per number that the methods hold, gradients and optimizer; activations come on top.
+    """
+
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    training: int
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations per token, 2 per multiply-add of a weight matrix.
+
+    Attributes:
+        base: forward pass through the base's linears, experts in use and head.
+        adapter: forward pass through what the methods add.
+        forward: base + adapter.
+        training_step: 2 · forward + 2 · trained parameters: the backward pass sends gradients through every matrix
+            and forms weight gradients of the trained ones alone.
+        attention_per_position: what attention adds per position that a token sees, scores and values: 2 · h · (d + d_v).
+    """
+
+    base: int
+    adapter: int
+    forward: int
+    training_step: int
+    attention_per_position: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of applying methods to a model.
+
+    Attributes:
+        model: type of the model.
+        task: what it is captured for.
+        method: names of the methods, joined by " + ".
+        methods: their option strings, in order.
+        trainable_parameters: that training changes: what the methods add, and tensors of the base they train.
+        stored_parameters: numbers in the adapter's file.
+        frozen_parameters: numbers the methods hold in memory and do not train (VeRA's A and B).
+        base_parameters: of the base model, tied ones once.
+        site_count: number of sites.
+        sites: the sites, method by method.
+        skipped: sites that were asked for and cannot be adapted, with the reasons.
+        bytes: sizes on disk and in training.
+        flops_per_token: work per token.
+        notes: what capture found worth telling.
+    """
+
+    model: str
+    task: str
+    method: str
+    methods: tuple[str, ...]
+    trainable_parameters: int
+    stored_parameters: int
+    frozen_parameters: int
+    base_parameters: int
+    site_count: int
+    sites: tuple[PlannedSite, ...]
+    skipped: tuple[Skip, ...]
+    bytes: Bytes
+    flops_per_token: Flops
+    notes: tuple[str, ...]
+
+
+def plan(model: Graph | Source | PretrainedConfig | str | Path, *passes: Pass, task: str | None = None) -> Plan:
+    """What the passes, applied in order, would add to a model.
+
+    Args:
+        model: a graph, an open source, a config, or a folder or hub id, of which the config alone is read.
+        passes: the methods; none gives the base model's own numbers.
+        task: see `surgeon.tasks`; read off the config if not given.
+
+    Raises:
+        UsageError: a target matches nothing, or an option does not fit the model.
+    """
+    graph = _graph(model, task)
+    planned: list[PlannedSite] = []
+    skipped: list[Skip] = []
+    costs: list[Cost] = []
+    done = graph.copy()
+    for step in passes:
+        if not step.stacks and any(before.name == step.name for before in done.applied):
+            raise UsageError(f"{step.name} is already applied", graph.source, "name it once")
+        step.requires(done)
+        chosen, left_out = chosen_sites(done, step)
+        owner, ready = owner_of(done, step), step.prepare(done, chosen)
+        at_sites = [ready.at(site).cost(site) for site in chosen]
+        planned += [_planned(site, owner, cost) for site, cost in zip(chosen, at_sites, strict=True)]
+        skipped += left_out
+        costs += [*at_sites, ready.shared_cost(), _retrained(done, ready, chosen)]
+        done.applied = (*done.applied, step)
+    return _summary(graph, passes, planned, skipped, costs)
+
+
+def _graph(model: Graph | Source | PretrainedConfig | str | Path, task: str | None) -> Graph:
+    if isinstance(model, Graph):
+        return model
+    if isinstance(model, PretrainedConfig):
+        from surgeon.capture import capture_config
+
+        return capture_config(model, task)
+    return open_graph(model if isinstance(model, Source) else open_source(model, task, weights=False), values=False)
+
+
+def _planned(site: Site, owner: str, cost: Cost) -> PlannedSite:
+    return PlannedSite(site.path, site.kind, (site.out, site.inp), owner, cost.rank, cost.trained)
+
+
+def _retrained(graph: Graph, step: Pass, chosen: list[Site]) -> Cost:
+    """The base's own tensors that train with an adapter; they become trainable in `graph`, so that none counts twice."""
+    if not isinstance(step, Adapter):
+        return Cost()
+    on_sites = step.bias == "sites"
+    names = replaced.names(graph, "", dataclasses.replace(step, bias="none") if on_sites else step)
+    names += [site.bias for site in chosen if on_sites and site.bias and site.bias not in names]
+    before = sum(spec.count for spec in graph.trainable().values())
+    replaced.train(graph, names)
+    count = sum(spec.count for spec in graph.trainable().values()) - before
+    return Cost(trained=count, stored=count)
+
+
+def _summary(
+    graph: Graph, passes: tuple[Pass, ...], planned: list[PlannedSite], skipped: list[Skip], costs: list[Cost]
+) -> Plan:
+    trained, stored = sum(cost.trained for cost in costs), sum(cost.stored for cost in costs)
+    frozen = sum(cost.frozen for cost in costs)
+    return Plan(
+        model=str(graph.config.model_type),
+        task=graph.task,
+        method=" + ".join(step.name for step in passes),
+        methods=tuple(step.spec() for step in passes),
+        trainable_parameters=trained,
+        stored_parameters=stored,
+        frozen_parameters=frozen,
+        base_parameters=base_parameters(graph),
+        site_count=len(planned),
+        sites=tuple(planned),
+        skipped=tuple(skipped),
+        bytes=_bytes(graph, trained, frozen, stored),
+        flops_per_token=_flops(graph, trained, sum(cost.flops for cost in costs)),
+        notes=graph.notes,
+    )
+
+
+def base_parameters(graph: Graph) -> int:
+    """The base model's parameters; a tied one counts once."""
+    return sum(spec.count for spec in graph.tensors.values() if spec.parameter and not spec.owner)
+
+
+def base_bytes(graph: Graph) -> int:
+    """What the base model's parameters and stored buffers take in the dtype its config names, else fp32."""
+    dtype = getattr(graph.config, "dtype", None)
+    width = dtype.itemsize if isinstance(dtype, torch.dtype) else torch.float32.itemsize
+    kept = [spec for spec in graph.tensors.values() if spec.persistent and not spec.owner]
+    return sum(spec.count * (spec.dtype.itemsize if spec.dtype else width) for spec in kept)
+
+
+def _bytes(graph: Graph, trained: int, frozen: int, stored: int) -> Bytes:
+    base, inserted = base_bytes(graph), _ADAPTER_BYTES * (trained + frozen)
+    gradients, optimizer = _ADAPTER_BYTES * trained, _ADAMW_BYTES * trained
+    return Bytes(base, _ADAPTER_BYTES * stored, gradients, optimizer, base + inserted + gradients + optimizer)
+
+
+def _flops(graph: Graph, trained: int, adapter: int) -> Flops:
+    linears = dataclasses.replace(graph, applied=())
+    base = sum(2 * site.inp * site.out for site in sites(linears, LINEAR, CONV1D)) + _per_layer(graph, _expert_flops)
+    forward = base + adapter
+    return Flops(base, adapter, forward, 2 * forward + 2 * trained, _per_layer(graph, _attention_flops))
+
+
+def _per_layer(graph: Graph, count: object) -> int:
+    """A number summed over every node, counted once per distinct layer graph."""
+    return sum(
+        len(prefixes) * count(graph, node)  # type: ignore[operator]
+        for part, prefixes in graph.parts()
+        for node in part.nodes
+        if node.op == "call_function"
+    )
+
+
+def _attention_flops(graph: Graph, node: fx.Node) -> int:
+    if node.target is not torch.ops.surgeon.attention.default:
+        return 0
+    q, v = node.args[0].meta["val"], node.args[2].meta["val"]  # type: ignore[union-attr]
+    return 2 * int(q.shape[1]) * (int(q.shape[3]) + int(v.shape[3]))
+
+
+def _expert_flops(graph: Graph, node: fx.Node) -> int:
+    """An expert matrix times the number of experts a token is sent to."""
+    if node.target is not torch.ops.surgeon.expert_linear.default:
+        return 0
+    config = graph.config.get_text_config()
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k", "moe_k")
+    used = next((int(n) for name in names if isinstance(n := getattr(config, name, None), int) and n > 0), 1)
+    shape = node.args[1].meta["val"].shape  # type: ignore[union-attr]
+    return 2 * used * int(shape[1]) * int(shape[2])
