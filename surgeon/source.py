@@ -58,7 +58,9 @@ def resolve(name: str | Path) -> Path:
         ) from error  # fmt: skip
 
 
-def open_source(name: str | Path, task: str | None = None, *, weights: bool = True) -> Source:
+def open_source(
+    name: str | Path, task: str | None = None, *, weights: bool = True, trust_remote_code: bool = False
+) -> Source:
     """Open a base model; with `weights=False` its config is enough.
 
     Raises:
@@ -66,7 +68,14 @@ def open_source(name: str | Path, task: str | None = None, *, weights: bool = Tr
     """
     folder = resolve(name)
     checkpoint = Checkpoint.open(folder, weights=weights)
-    config = transformers.AutoConfig.from_pretrained(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"transformers cannot read the config: {reason}", str(folder / "config.json"),
+            "check model_type; surgeon doctor shows the installed transformers",
+        ) from error  # fmt: skip
     return Source(folder, checkpoint, config, find_task(task, config.architectures, str(folder)))
 
 

@@ -6,7 +6,7 @@ back after every layer. The peak is the largest weight twice, whatever the depth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,47 +40,59 @@ class StreamingExecutor:
     @torch.no_grad()
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         """The graph's outputs, from its inputs in order."""
-        result: tuple[Any, ...] = self._run(self._trunk, "", inputs)
-        return result
+        return self.batch([inputs])[0]
 
-    def _run(self, part: fx.Graph, prefix: str, inputs: tuple[Any, ...]) -> Any:
+    @torch.no_grad()
+    def batch(self, lanes: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+        """The outputs for several sets of inputs of any shapes, each tensor being read once for all of them."""
+        return self._run(self._trunk, "", [tuple(lane) for lane in lanes])
+
+    def _run(self, part: fx.Graph, prefix: str, lanes: list[tuple[Any, ...]]) -> list[Any]:
         remaining = {node: len(node.users) for node in part.nodes}
-        values: dict[fx.Node, Any] = {}
-        given = iter(inputs)
+        values: list[dict[fx.Node, Any]] = [{} for _ in lanes]
+        position = 0
         for node in part.nodes:
             if node.op == "get_attr":
                 continue
             if node.op == "placeholder":
-                values[node] = next(given)
-                continue
+                made = [lane[position] for lane in lanes]
+                position += 1
+            else:
+                made = self._step(node, values, prefix)
             if node.op == "output":
-                return self._resolved(node.args[0], values, prefix)
-            values[node] = self._step(node, values, prefix)
+                return made
+            for lane, value in zip(values, made, strict=True):
+                lane[node] = value
             for source in node.all_input_nodes:
                 remaining[source] -= 1
                 if remaining[source] == 0:
-                    values.pop(source, None)
+                    for lane in values:
+                        lane.pop(source, None)
         raise AssertionError("a graph ends with its output")
 
-    def _step(self, node: fx.Node, values: dict[fx.Node, Any], prefix: str) -> Any:
-        if node.target is aten.embedding.default and node.args[0].op == "get_attr":
-            table = self._read(node.args[0], prefix, cast=False)
-            rows = self._resolved(node.args[1:], values, prefix)
-            return aten.embedding.default(table, *rows, **node.kwargs).to(self.dtype)
-        args = self._resolved(node.args, values, prefix)
-        kwargs = self._resolved(node.kwargs, values, prefix)
+    def _step(self, node: fx.Node, values: list[dict[fx.Node, Any]], prefix: str) -> list[Any]:
+        """One node, for every lane."""
+        lookup = node.target is aten.embedding.default
+        read = {
+            source: self._read(source, prefix, cast=not (lookup and source is node.args[0]))
+            for source in node.all_input_nodes
+            if source.op == "get_attr"
+        }
+        args, kwargs = [], []
+        for lane in values:
+            resolved = fx.node.map_arg((node.args, node.kwargs), lambda n, own=lane: read[n] if n in read else own[n])
+            args.append(resolved[0])
+            kwargs.append(resolved[1])
+        if node.op == "output":
+            return [each[0] for each in args]
         if node.op == "call_module":
             path = str(node.target)
-            result = self._run(self._layers[id(self.graph.layers[path])], f"{path}.", args)
+            results = self._run(self._layers[id(self.graph.layers[path])], f"{path}.", args)
             self.release()
-            return result
-        return node.target(*args, **kwargs)
-
-    def _resolved(self, args: Any, values: dict[fx.Node, Any], prefix: str) -> Any:
-        def value(node: fx.Node) -> Any:
-            return self._read(node, prefix) if node.op == "get_attr" else values[node]
-
-        return fx.node.map_arg(args, value)
+            return results
+        function: Any = node.target
+        results = [function(*a, **k) for a, k in zip(args, kwargs, strict=True)]
+        return [result.to(self.dtype) for result in results] if lookup else results
 
     def _read(self, node: fx.Node, prefix: str, *, cast: bool = True) -> Any:
         if node.target == MODEL_DTYPE:

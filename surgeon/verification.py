@@ -120,7 +120,8 @@ def probe_inputs(graph: Graph, probe: Probe) -> list[torch.Tensor]:
 def outputs(graph: Graph, probes: Sequence[Probe], release: Callable[[], None] = lambda: None) -> list[list[torch.Tensor]]:
     """Every output of the graph on every probe, in fp32, one weight in memory at a time."""
     run = StreamingExecutor(graph, release=release)
-    return [[value.float() for value in run(*probe_inputs(graph, probe))] for probe in probes]
+    results = run.batch([probe_inputs(graph, probe) for probe in probes])
+    return [[value.float() for value in result] for result in results]
 
 
 def compare(
