@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 from typing import Any
 
@@ -33,6 +34,25 @@ def find(name: str) -> type[Pass]:
 def make(name: str, **options: Any) -> Pass:
     """A pass with options; raises UsageError for an unknown name or option."""
     return find(name).make(options)
+
+
+def parse(text: str) -> Pass:
+    """The pass that an option string describes: `lora(rank=4, targets='*.q_proj')`, what `Pass.spec` writes.
+
+    Raises:
+        UsageError: the string is not of that form, or names an unknown pass or option.
+    """
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        if isinstance(call, ast.Name):
+            return make(call.id)
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args:
+            options = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords if word.arg}
+            if len(options) == len(call.keywords):
+                return make(call.func.id, **options)
+    except (SyntaxError, ValueError):
+        pass
+    raise UsageError(f"cannot read the method '{text}'", "", "write it as lora or lora(rank=4, targets='*.q_proj')")
 
 
 def find_peft(peft_type: str) -> type[Pass]:

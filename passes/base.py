@@ -7,7 +7,7 @@ module level, so that listing them costs nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,6 +31,25 @@ class Skip:
 
     path: str
     why: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a pass adds, at one site or once for the model.
+
+    Attributes:
+        rank: of the bypass; 0 where there is none.
+        trained: parameters that training changes.
+        frozen: numbers that are kept in memory beside those.
+        stored: numbers in the adapter's file.
+        flops: of a forward pass per token, 2 per multiply-add of a matrix; elementwise operators are not counted.
+    """
+
+    rank: int = 0
+    trained: int = 0
+    frozen: int = 0
+    stored: int = 0
+    flops: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,6 +87,14 @@ class Pass:
 
     def rewrite(self, edit: Edit, site: Site) -> None:
         """Write the nodes of one site, only through `edit`."""
+
+    def cost(self, site: Site) -> Cost:
+        """What it adds at one site; asked of the pass as `prepare` and `at` leave it."""
+        return Cost()
+
+    def shared_cost(self) -> Cost:
+        """What it adds once for all its sites; asked of the pass as `prepare` leaves it."""
+        return Cost()
 
     def finish(self, graph: Graph, owner: str) -> None:
         """Called once after the sites are rewritten: what concerns the whole graph."""
@@ -110,10 +137,24 @@ class Adapter(Pass):
     Options:
         targets: which modules, see `surgeon.select`.
         exclude: modules that are left out even if targeted.
+        modules_to_save: modules of the base that train whole and are saved beside the adapter (a new head).
+        bias: "none", "sites" (the biases of the adapted modules train too) or "all" (every bias of the model).
+
+    Class attributes:
+        peft_type: PEFT's name of the method, "" where PEFT has none.
+        peft_bias: PEFT's word for `bias="sites"`.
     """
 
+    peft_type: ClassVar[str] = ""
+    peft_bias: ClassVar[str] = ""
     targets: str = "*.{q,v}_proj"
     exclude: str = ""
+    modules_to_save: str = ""
+    bias: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.bias not in ("none", "sites", "all"):
+            raise UsageError(f"{self.name}: bias is '{self.bias}'", "--bias", "one of none, sites, all")
 
     def unfit(self, site: Site) -> str:
         """Why this site cannot be adapted, or ""."""
@@ -121,10 +162,11 @@ class Adapter(Pass):
 
     def match(self, graph: Graph) -> list[Site | Skip]:
         """The targeted sites; raises UsageError for a pattern that matches nothing."""
+        from surgeon.replaced import inside
         from surgeon.select import ALL_LINEAR, check_words, matches, words
         from surgeon.sites import sites
 
-        candidates = sites(graph, *self.kinds)
+        candidates = [site for site in sites(graph, *self.kinds) if not inside(self.modules_to_save, site.path)]
         check_words(self.targets, [site.path for site in candidates])
         head = head_paths(graph)
         chosen: list[Site | Skip] = []
@@ -142,6 +184,29 @@ class Adapter(Pass):
     def normal(self, params: Mapping[str, torch.Tensor], site: Site, base: Base) -> Normal:
         """The trained adapter at one site in normal form; `params` by the names given to `edit.param`."""
         raise UsageError(f"{self.name} has no normal form", site.path)
+
+    def finish(self, graph: Graph, owner: str) -> None:
+        """The modules and biases that train whole."""
+        from surgeon import replaced
+
+        replaced.train(graph, replaced.names(graph, owner, self))
+
+    def peft_config(self, sites: Sequence[Site]) -> dict[str, Any]:
+        """The method's own fields of PEFT's `adapter_config.json`, for the sites it was applied to."""
+        return {}
+
+    def peft_keys(self, site: Site) -> dict[str, str]:
+        """Names given to `edit.param` and `edit.shared` → keys in PEFT's file, without their prefix `base_model.`."""
+        return {}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> Adapter:
+        """The pass a PEFT config describes, apart from its targets; `config` holds no field unknown to surgeon.
+
+        Raises:
+            UnsupportedError: the config asks for something this pass does not do; the field is named.
+        """
+        raise UsageError(f"{cls.name} has no form in PEFT")
 
 
 def head_paths(graph: Graph) -> set[str]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from surgeon.errors import UsageError
-from surgeon.passes.base import CONV1D, EMBEDDING, LINEAR, Adapter
+from surgeon.errors import UnsupportedError, UsageError
+from surgeon.passes.base import CONV1D, EMBEDDING, LINEAR, Adapter, Cost
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from surgeon.edit import Edit
     from surgeon.normal import Base, Normal
     from surgeon.sites import Site
+
+# Initialisations that leave the base as it is; the others save an adapter to a base they moved.
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Lora(Adapter):
     """
 
     name: ClassVar[str] = "lora"
+    peft_type: ClassVar[str] = "LORA"
+    peft_bias: ClassVar[str] = "lora_only"
     kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D, EMBEDDING)
     rank: int = 8
     alpha: float = 16.0
@@ -46,6 +51,7 @@ class Lora(Adapter):
     alphas: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for rank in (self.rank, *(rank for _, rank in self.ranks)):
             if rank <= 0:
                 raise UsageError(f"{self.name}: rank is {rank}", "--rank", "a rank of at least 1, for example 8")
@@ -76,6 +82,12 @@ class Lora(Adapter):
             )
         return ""
 
+    def cost(self, site: Site) -> Cost:
+        """rank · (in + out) parameters, each multiplied once per token; an embedding looks up a column of a."""
+        count = self.rank * (site.inp + site.out)
+        read = self.rank * site.out if site.kind == EMBEDDING else count
+        return Cost(rank=self.rank, trained=count, stored=count, flops=2 * read)
+
     def rewrite(self, edit: Edit, site: Site) -> None:
         """x → dropout → a → b → · s → + y."""
         if site.kind == EMBEDDING:
@@ -100,3 +112,56 @@ class Lora(Adapter):
         from surgeon.normal import Normal
 
         return Normal(scale=self.scale, a=params["a"], b=params["b"])
+
+    def peft_config(self, sites: Sequence[Site]) -> dict[str, Any]:
+        """PEFT's fields; ranks and alphas per site as PEFT's patterns."""
+        from surgeon.peft_targets import patterns
+
+        at = {site.path: self.at(site) for site in sites}
+        return {
+            "r": self.rank,
+            "lora_alpha": _whole(self.alpha),
+            "lora_dropout": self.dropout,
+            "use_rslora": self.rslora,
+            "rank_pattern": patterns({path: step.rank for path, step in at.items()}, self.rank),
+            "alpha_pattern": patterns({path: _whole(step.alpha) for path, step in at.items()}, _whole(self.alpha)),
+            "fan_in_fan_out": any(site.kind == CONV1D for site in sites),
+            "init_lora_weights": True,
+            "exclude_modules": None,
+            "use_dora": False,
+            "lora_bias": False,
+            "target_parameters": None,
+        }
+
+    def peft_keys(self, site: Site) -> dict[str, str]:
+        """lora_A and lora_B, which have other names at an embedding."""
+        stem = f"model.{site.path}.lora_"
+        if site.kind == EMBEDDING:
+            return {"a": f"{stem}embedding_A", "b": f"{stem}embedding_B"}
+        return {"a": f"{stem}A.weight", "b": f"{stem}B.weight"}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> Lora:
+        """PEFT's patterns are regular expressions over the end of a path; the first that matches wins, as here."""
+        if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+            raise UnsupportedError(
+                f"the adapter was saved with init_lora_weights = {config['init_lora_weights']!r}, to a base it moved",
+                "adapter_config.json",
+                "save it with PEFT's path_initial_model_for_weight_conversion, which gives a plain LoRA",
+            )
+        return cls(
+            rank=int(config.get("r", 8)),
+            alpha=float(config.get("lora_alpha", 8)),
+            dropout=float(config.get("lora_dropout") or 0),
+            rslora=bool(config.get("use_rslora")),
+            ranks=tuple((_suffix(key), int(rank)) for key, rank in (config.get("rank_pattern") or {}).items()),
+            alphas=tuple((_suffix(key), float(alpha)) for key, alpha in (config.get("alpha_pattern") or {}).items()),
+        )
+
+
+def _suffix(key: str) -> str:
+    return rf"re:(.*\.)?({key})"
+
+
+def _whole(number: float) -> float | int:
+    return int(number) if float(number).is_integer() else number

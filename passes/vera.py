@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from surgeon.errors import UsageError
-from surgeon.passes.base import CONV1D, LINEAR, Adapter
+from surgeon.passes.base import CONV1D, LINEAR, Adapter, Cost
 
 if TYPE_CHECKING:
     import torch
@@ -31,18 +31,23 @@ class Vera(Adapter):
         d_initial: first value of λ_d (the paper's ablation: 0.1).
         dropout: on the adapter's input, while training.
         key: seed of A and B.
+        save_projection: store A and B with the adapter; without, readers draw them again from the key.
     """
 
     name: ClassVar[str] = "vera"
+    peft_type: ClassVar[str] = "VERA"
+    peft_bias: ClassVar[str] = "vera_only"
     kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D)
     rank: int = 256
     d_initial: float = 0.1
     dropout: float = 0.0
     key: int = 0
+    save_projection: bool = True
     max_in: int = 0
     max_out: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank <= 0:
             raise UsageError(f"vera: rank is {self.rank}", "--rank", "a rank of at least 1, for example 256")
         if not 0 <= self.dropout < 1:
@@ -61,6 +66,16 @@ class Vera(Adapter):
             )
         return self if self.max_in else dataclasses.replace(self, **largest)
 
+    def cost(self, site: Site) -> Cost:
+        """rank + out parameters; x passes through slices of A and B."""
+        count, macs = self.rank + site.out, self.rank * (site.inp + site.out)
+        return Cost(rank=self.rank, trained=count, stored=count, flops=2 * macs)
+
+    def shared_cost(self) -> Cost:
+        """A and B, which are not trained: rank · (max in + max out)."""
+        count = self.rank * (self.max_in + self.max_out)
+        return Cost(frozen=count, stored=count if self.save_projection else 0)
+
     def rewrite(self, edit: Edit, site: Site) -> None:
         """x → A → ⊙ λ_d → B → ⊙ λ_b → + y."""
         rank, inp, out, key = self.rank, self.max_in, self.max_out, self.key
@@ -77,6 +92,35 @@ class Vera(Adapter):
 
         low, high = params["A"][:, : site.inp].float(), params["B"][: site.out].float()
         return Normal(a=params["d"].float()[:, None] * low, b=params["b"].float()[:, None] * high)
+
+    def peft_config(self, sites: Sequence[Site]) -> dict[str, Any]:
+        """PEFT's fields."""
+        return {
+            "r": self.rank,
+            "vera_dropout": self.dropout,
+            "d_initial": self.d_initial,
+            "projection_prng_key": self.key,
+            "save_projection": self.save_projection,
+            "fan_in_fan_out": any(site.kind == CONV1D for site in sites),
+            "init_weights": True,
+        }
+
+    def peft_keys(self, site: Site) -> dict[str, str]:
+        """λ_d and λ_b of the site, and the shared pair if it is saved."""
+        stem = f"model.{site.path}.vera_lambda_"
+        shared = {"A": "vera_A", "B": "vera_B"} if self.save_projection else {}
+        return {**shared, "d": f"{stem}d", "b": f"{stem}b"}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> Vera:
+        """PEFT's fields by surgeon's names."""
+        return cls(
+            rank=int(config.get("r", 256)),
+            d_initial=float(config.get("d_initial", 0.1)),
+            dropout=float(config.get("vera_dropout") or 0),
+            key=int(config.get("projection_prng_key", 0)),
+            save_projection=bool(config.get("save_projection", True)),
+        )
 
 
 def projections(rank: int, inp: int, out: int, key: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,127 @@
+"""A plain PEFT adapter folder as the graph of its base with the adapter applied."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from surgeon import replaced
+from surgeon.errors import SurgeonError, UnsupportedError, UsageError
+from surgeon.graph import Graph
+from surgeon.passes import find_peft
+from surgeon.passes.base import Adapter
+from surgeon.peft_files import CONFIG, TASK_TYPES, WEIGHTS, fill, read_config, read_tensors
+from surgeon.peft_targets import ALL_LINEAR, targeted
+from surgeon.run import apply, chosen_sites
+from surgeon.sites import sites
+from surgeon.source import open_graph, open_source
+
+# Fields that every PEFT config may have, and those that say how an adapter was made, not what it is.
+_COMMON = frozenset(
+    """auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out inference_mode init_lora_weights
+    init_weights layers_pattern layers_to_transform modules_to_save peft_type peft_version r revision target_modules
+    task_type lora_alpha lora_dropout use_rslora rank_pattern alpha_pattern eva_config loftq_config runtime_config
+    megatron_core qalora_group_size vera_dropout d_initial projection_prng_key save_projection""".split()
+)
+
+
+def load_adapter(folder: str | Path, base: str | Path | None = None, task: str | None = None) -> Graph:
+    """The base an adapter names (or `base`), with the adapter applied and its values in place.
+
+    Args:
+        folder: an adapter folder as PEFT or surgeon writes it.
+        base: the base, where the name in the config no longer holds.
+        task: see `surgeon.tasks`; the adapter's own `task_type` if not given.
+
+    Raises:
+        UnsupportedError: the adapter uses something surgeon has no pass for; the field is named.
+        UsageError: the folder or the base is damaged, or they do not belong together.
+    """
+    folder = Path(folder)
+    config, tensors = read_config(folder), read_tensors(folder / WEIGHTS)
+    method = find_peft(str(config.get("peft_type", "")))
+    _check_fields(config, folder)
+    where = base or config.get("base_model_name_or_path")
+    if not where:
+        raise UsageError("the adapter names no base model", str(folder / CONFIG), "name it with --base")
+    by_type = {peft: name for name, peft in TASK_TYPES.items()}
+    task = task or by_type.get(str(config.get("task_type")))
+    graph = open_graph(open_source(_base_path(str(where), folder, given=base is not None), task))
+    step = describe(graph, cast(type[Adapter], method), config)
+    graph = apply(graph, step)
+    owner = step.name
+    fill(graph, owner, cast(Adapter, graph.applied[-1]), tensors, folder / WEIGHTS)
+    return graph
+
+
+def describe(graph: Graph, method: type[Adapter], config: Mapping[str, Any]) -> Adapter:
+    """The pass that a PEFT config describes, with targets that match what PEFT would match in this graph.
+
+    Raises:
+        UsageError: the config targets no module of the graph.
+    """
+    step = method.from_peft(config)
+    saved = [name for name in config.get("modules_to_save") or [] if _exists(graph, name)]
+    bias = {"none": "none", "all": "all", method.peft_bias: "sites"}.get(str(config.get("bias", "none")))
+    if bias is None:
+        raise UnsupportedError(f"bias = {config['bias']!r} is not supported", CONFIG, "none, all, " + method.peft_bias)
+    step = dataclasses.replace(step, modules_to_save=",".join(saved), bias=bias)
+    targets = config.get("target_modules")
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        return dataclasses.replace(step, targets=ALL_LINEAR)
+    paths = [site.path for site in sites(graph, *method.kinds)]
+    wanted = targeted(config, paths)
+    if not wanted:
+        raise UsageError(
+            f"the adapter targets no module of {graph.config.model_type}", str(targets)[:200], "name its own base with --base"
+        )
+    return _simple(graph, step, config, wanted) or dataclasses.replace(step, targets=_alternatives(wanted))
+
+
+def _simple(graph: Graph, step: Adapter, config: Mapping[str, Any], wanted: list[str]) -> Adapter | None:
+    """The config's own patterns in surgeon's notation, if they say the same."""
+    excluded = config.get("exclude_modules")
+    try:
+        made = dataclasses.replace(
+            step, targets=_pattern(config["target_modules"], wanted), exclude=_pattern(excluded, None) if excluded else ""
+        )
+        chosen, skipped = chosen_sites(graph, made)
+    except SurgeonError:
+        return None
+    return made if not skipped and {site.path for site in chosen} == set(wanted) else None
+
+
+def _pattern(names: Any, wanted: list[str] | None) -> str:
+    if isinstance(names, str):
+        return f"re:{names}"
+    used = [n for n in sorted(names) if wanted is None or any(p == n or p.endswith(f".{n}") for p in wanted)]
+    return ",".join(used)
+
+
+def _alternatives(paths: list[str]) -> str:
+    return "re:" + "|".join(re.escape(path) for path in paths)
+
+
+def _exists(graph: Graph, name: str) -> bool:
+    return any(path == name or path.endswith(f".{name}") for path in replaced.module_paths(graph))
+
+
+def _check_fields(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse, by name, whatever would change what the adapter computes and is not known here."""
+    for name, value in config.items():
+        switched_on = value is True or (isinstance(value, (str, list, dict)) and bool(value))
+        if name not in _COMMON and switched_on:
+            raise UnsupportedError(
+                f"the adapter uses {name} = {str(value)[:80]}, which is not supported", str(folder / CONFIG),
+                "merge it with PEFT and use the merged model",
+            )  # fmt: skip
+
+
+def _base_path(name: str, folder: Path, given: bool) -> str:
+    """A relative base is looked for from here, then from the adapter's folder."""
+    if not given and not Path(name).is_dir() and (folder / name).is_dir():
+        return str(folder / name)
+    return name

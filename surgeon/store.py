@@ -1,0 +1,216 @@
+"""Work folders: a rewritten graph on disk. The base is named, not copied; adapters are in PEFT's format.
+
+A save writes a whole new folder beside the old one, links into it what others keep there (training checkpoints, the
+loss log), and swaps the two in one step: a kill leaves the old state or the new one, never a mixture.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgeon import card, manifest, passes, peft_files, peft_load, replaced, run, text
+from surgeon.atomic import atomic_folder
+from surgeon.errors import SurgeonError, UsageError
+from surgeon.graph import Graph
+from surgeon.manifest import Manifest, Step
+from surgeon.passes.base import Adapter, Pass
+from surgeon.source import open_graph, open_source
+
+TEXT, OWN_WEIGHTS = "graph.txt", "surgeon.safetensors"
+_OURS = (manifest.FILE, TEXT, card.FILE, peft_files.CONFIG, peft_files.WEIGHTS, OWN_WEIGHTS)
+load_adapter = peft_load.load_adapter
+
+
+def is_work_folder(folder: str | Path) -> bool:
+    """Whether a folder was saved by surgeon."""
+    return (Path(folder) / manifest.FILE).is_file()
+
+
+def is_adapter_folder(folder: str | Path) -> bool:
+    """Whether a folder is a PEFT adapter."""
+    return (Path(folder) / peft_files.CONFIG).is_file()
+
+
+def save(
+    graph: Graph,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    seed: int = 0,
+    probes: Sequence[Mapping[str, Any]] = (),
+) -> Path:
+    """Write a work folder.
+
+    Args:
+        graph: an adapted graph, with its trained values in `inserted`.
+        folder: where; an existing work folder is replaced with `overwrite`, and files of others in it stay.
+        overwrite: allow that.
+        seed: the seed the passes were applied with.
+        probes: `{"prompt": ids, "tokens": greedy continuation}` each, to be replayed by whoever loads it.
+
+    Raises:
+        UsageError: nothing is applied, the graph has no base folder, or `folder` is taken.
+        CheckFailed: a trained value is not finite; nothing is written.
+        SurgeonError: the disk is full.
+    """
+    folder = Path(folder)
+    if not graph.applied:
+        raise UsageError("there is nothing to save: no method is applied", str(folder), "surgeon.apply(base, 'lora') first")
+    if not graph.source:
+        raise UsageError("the graph has no base on disk", str(folder), "save the model with save_pretrained and open that")
+    old = _previous(folder, overwrite)
+    steps = _steps(graph)
+    base = manifest.describe_base(graph.source, folder, graph.config.model_type)
+    written = text.render(graph)
+    record = Manifest(
+        manifest.SCHEMA, base, graph.task, tuple(steps), text.digest(graph), seed, manifest.versions(), tuple(probes)
+    )
+    with atomic_folder(folder, overwrite=overwrite) as new:
+        if old is not None:
+            _carry(folder, new, {*_OURS, *(step.folder for step in old.passes if step.folder not in ("", "."))})
+        for step, applied in zip(steps, graph.applied, strict=True):
+            _write_step(graph, step, applied, new)
+        (new / TEXT).write_text(written, encoding="utf-8")
+        (new / card.FILE).write_text(card.render(graph, record), encoding="utf-8")
+        record.write(new)
+    return folder
+
+
+def load(folder: str | Path, base: str | Path | None = None) -> Graph:
+    """The graph of a work folder, with values.
+
+    Args:
+        folder: the work folder.
+        base: where the base is, if it has moved.
+
+    Raises:
+        UsageError: the folder is damaged or incomplete, or the base is missing or another one.
+        UnsupportedError: it was written by a newer surgeon.
+        SurgeonError: the graph comes out different from the one that was saved; the difference is shown.
+    """
+    folder = Path(folder)
+    record = manifest.read_manifest(folder)
+    place = manifest.find_base(record, folder, base)
+    graph = open_graph(open_source(place, record.task))
+    steps = [_pass(step, folder) for step in record.passes]
+    graph = run.apply(graph, *steps, seed=record.seed)
+    _check_same(graph, record, folder)
+    for step, applied in zip(record.passes, graph.applied, strict=True):
+        _read_step(graph, step, applied, folder)
+    return graph
+
+
+def _previous(folder: Path, overwrite: bool) -> Manifest | None:
+    """The record of the work folder to be replaced; raises UsageError for a folder that is none."""
+    if not overwrite or not folder.is_dir():
+        return None
+    if is_work_folder(folder):
+        return manifest.read_manifest(folder)
+    foreign = [entry.name for entry in folder.iterdir() if not _unfinished(entry.name)]
+    if foreign:
+        what = f"the folder is no work folder: it holds {foreign[0]} and no {manifest.FILE}"
+        raise UsageError(what, str(folder), "name another folder")
+    return None
+
+
+def _steps(graph: Graph) -> list[Step]:
+    owners = run.owners(graph.applied)
+    stored = {spec.owner for spec in graph.tensors.values()}
+    formats = {
+        owner: "peft" if isinstance(step, Adapter) and step.peft_type else "surgeon"
+        for owner, step in owners.items()
+        if owner in stored
+    }
+    folders = manifest.step_folders(list(formats)) if formats else {}
+    return [
+        Step(owner, step.name, step.options(), folders.get(owner, ""), formats.get(owner, ""))
+        for owner, step in owners.items()
+    ]
+
+
+def _write_step(graph: Graph, step: Step, applied: Pass, folder: Path) -> None:
+    if step.format == "peft" and isinstance(applied, Adapter):
+        peft_files.write_adapter(graph, step.id, applied, folder / step.folder)
+    elif step.format == "surgeon":
+        (folder / step.folder).mkdir(exist_ok=True)
+        tensors = {name: graph.inserted[name]() for name in _own(graph, step.id)}
+        peft_files.write_tensors(folder / step.folder / OWN_WEIGHTS, tensors)
+
+
+def _read_step(graph: Graph, step: Step, applied: Pass, folder: Path) -> None:
+    place = folder / step.folder
+    if step.format == "peft" and isinstance(applied, Adapter):
+        peft_files.read_config(place)
+        peft_files.fill(
+            graph, step.id, applied, peft_files.read_tensors(place / peft_files.WEIGHTS), place / peft_files.WEIGHTS
+        )
+    elif step.format == "surgeon":
+        file = place / OWN_WEIGHTS
+        tensors = peft_files.read_tensors(file)
+        names = _own(graph, step.id)
+        if names != sorted(tensors):
+            odd = sorted(set(names) ^ set(tensors))
+            raise UsageError(f"missing or unexpected tensor: {', '.join(odd[:3])}", str(file), manifest.AGAIN)
+        for name in names:
+            peft_files.put(graph, name, tensors[name], name, file)
+
+
+def _own(graph: Graph, owner: str) -> list[str]:
+    return sorted(name for name, spec in graph.tensors.items() if spec.owner == owner)
+
+
+def _pass(step: Step, folder: Path) -> Pass:
+    try:
+        return passes.make(step.name, **step.options)
+    except UsageError as error:
+        where = f"{folder / manifest.FILE}, pass {step.id}"
+        raise UsageError(error.what, where, f"it was saved by another version of surgeon ({error.hint})") from error
+
+
+def _check_same(graph: Graph, record: Manifest, folder: Path) -> None:
+    if text.digest(graph) == record.graph:
+        return
+    import difflib
+
+    file = folder / TEXT
+    saved = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    lines = difflib.unified_diff(saved, text.render(graph).splitlines(), "saved", "now", lineterm="", n=0)
+    changed = list(islice((line for line in lines if not line.startswith(("---", "+++", "@@"))), 6))
+    saved_with = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    raise SurgeonError(
+        "the graph comes out different from the one that was saved:\n    "
+        + "\n    ".join(line[:160] for line in changed or ["(no graph.txt to compare with)"]),
+        str(folder), f"it was saved with {saved_with}: install those versions, or train again",
+    )  # fmt: skip
+
+
+def _carry(old: Path, new: Path, ours: set[str]) -> None:
+    """Link what is not ours from the old folder into the new one; files are shared, nothing is copied where links work."""
+    for entry in old.iterdir():
+        if entry.name in ours or _unfinished(entry.name):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link)
+        else:
+            _link(str(entry), str(new / entry.name), follow_symlinks=False)
+
+
+def _link(source: str, target: str, follow_symlinks: bool = True) -> str:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+    return target
+
+
+def _unfinished(name: str) -> bool:
+    """Whether a killed command left this entry behind; see `surgeon.atomic` and `surgeon.trainer`."""
+    return re.fullmatch(r"\..+\.((tmp|old)-\d+-[0-9a-f]+|removed)", name) is not None
