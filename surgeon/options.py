@@ -141,9 +141,13 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
         key, equals, text = part.partition("=")
         option = key.strip().replace("-", "_")
         if not equals:
-            raise UsageError(f"'{part.strip()}' in '{spec}' is not an option=value", "--method", f"options: {', '.join(known)}")
+            raise UsageError(
+                f"'{part.strip()}' in '{spec}' is not an option=value", "--method", f"options: {', '.join(known)}"
+            )
         if option not in known:
-            raise UsageError(f"{name} has no option '{option}'", f"--method '{spec}'", f"nearest: {nearest(option, known)}")
+            raise UsageError(
+                f"{name} has no option '{option}'", f"--method '{spec}'", f"nearest: {nearest(option, known)}"
+            )
         values[option] = known[option].parse(text)
     return name, values
 

@@ -72,7 +72,7 @@ class Flops:
         forward: base + adapter.
         training_step: 2 · forward + 2 · trained parameters: the backward pass sends gradients through every matrix
             and forms weight gradients of the trained ones alone.
-        attention_per_position: what attention adds per position that a token sees, scores and values: 2 · h · (d + d_v).
+        attention_per_position: what attention adds per position a token sees, scores and values: 2 · h · (d + d_v).
     """
 
     base: int
@@ -164,7 +164,7 @@ def _planned(site: Site, owner: str, cost: Cost) -> PlannedSite:
 
 
 def _retrained(graph: Graph, step: Pass, chosen: list[Site]) -> Cost:
-    """The base's own tensors that train with an adapter; they become trainable in `graph`, so that none counts twice."""
+    """The base's own tensors that train with an adapter; they become trainable in `graph`, so none counts twice."""
     if not isinstance(step, Adapter):
         return Cost()
     on_sites = step.bias == "sites"

@@ -1,7 +1,8 @@
 """A graph as readable text, and the difference of two graphs.
 
 Nodes are named `%<module path>/<operator>.<n>`, counted per module and operator, so inserting nodes renames nothing
-elsewhere and a diff shows what a pass did and no more. Layers that share a graph are printed once.
+elsewhere and a diff shows what a pass did and no more. Layers that share a graph are printed once, and layers that call
+one another in turn are one line of the trunk: the text does not grow with depth.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from typing import Any
 import torch
 from torch import fx
 
+from surgeon.chains import Chain, chains, span
 from surgeon.graph import MODEL_DEVICE, MODEL_DTYPE, Graph, path_of
+
+Names = dict[fx.Node, str]
 
 
 def render(graph: Graph) -> str:
     """The whole graph: the trunk, then each kind of layer with the layers that are of it."""
-    blocks = [f"trunk{_signature(graph.trunk)}:", *_lines(graph.trunk, graph)]
+    blocks = [f"trunk{_signature(graph.trunk)}:", *_lines(graph.trunk)]
     for part, paths in graph.groups():
-        blocks += ["", f"layer {_span(paths)}{_signature(part)}:", *_lines(part, graph)]
+        blocks += ["", f"layer {span(paths)}{_signature(part)}:", *_lines(part)]
     return "\n".join(blocks) + "\n"
 
 
@@ -38,48 +42,85 @@ def diff(before: Graph, after: Graph, context: int = 1) -> str:
     return "\n".join(lines)
 
 
-def _span(paths: list[str]) -> str:
-    if len(paths) <= 3:
-        return ", ".join(paths)
-    return f"{paths[0]}, {paths[1]}, … {paths[-1]} ({len(paths)} layers)"
-
-
 def _signature(part: fx.Graph) -> str:
-    names = _names(part)
+    names = _names(part, [])
     return "(" + ", ".join(names[node] for node in part.nodes if node.op == "placeholder") + ")"
 
 
-def _lines(part: fx.Graph, graph: Graph) -> Iterator[str]:
-    names = _names(part)
+def _lines(part: fx.Graph) -> Iterator[str]:
+    found = chains(part)
+    names = _names(part, found)
+    first = {chain.calls[0]: chain for chain in found}
+    inside = {node for chain in found for node in chain.nodes}
     for node in part.nodes:
-        if node.op in ("placeholder", "get_attr"):
-            continue
-        if node.op == "output":
-            yield f"  return {_value(node.args[0], names)}"
-            continue
-        values = [_value(arg, names) for arg in node.args]
-        values += [f"{key}={_value(value, names)}" for key, value in node.kwargs.items()]
-        target = f"call {node.target}" if node.op == "call_module" else _operator(node)
-        yield f"  {names[node]} = {target}({', '.join(values)}){_shape(node)}"
+        if node in first:
+            yield from _chain_lines(first[node], names)
+        elif node.op not in ("placeholder", "get_attr") and node not in inside:
+            yield _line(node, names)
 
 
-def _names(part: fx.Graph) -> dict[fx.Node, str]:
+def _line(node: fx.Node, names: Names) -> str:
+    if node.op == "output":
+        return f"  return {_value(node.args[0], names)}"
+    values = [_value(arg, names) for arg in node.args]
+    values += [f"{key}={_value(value, names)}" for key, value in node.kwargs.items()]
+    target = f"call {node.target}" if node.op == "call_module" else _operator(node)
+    return f"  {names[node]} = {target}({', '.join(values)}){_shape(node)}"
+
+
+def _chain_lines(chain: Chain, names: Names) -> Iterator[str]:
+    """Layers called in turn: `↻` marks what each hands to the next, with the value that the first one gets.
+
+    Layers that are called with other values beside it have a line each kind.
+    """
+    results = [names[node] for node in chain.results]
+    shape = _shape(chain.results[0]) if len(chain.results) == 1 else ""
+    head = f"  {', '.join(results)} = call {span(chain.paths)} in turn"
+    groups = chain.groups()
+    if len(groups) == 1:
+        yield f"{head}({_handed(chain, groups[0][0], names, start=True)}){shape}"
+        return
+    yield f"{head}{shape}:"
+    for position, (call, paths) in enumerate(groups):
+        yield f"    {span(paths)}({_handed(chain, call, names, start=position == 0)})"
+
+
+def _handed(chain: Chain, call: fx.Node, names: Names, *, start: bool) -> str:
+    words = []
+    for position, arg in enumerate(call.args):
+        source = chain.carried.get(position)
+        if source is None:
+            words.append(_value(arg, names))
+            continue
+        mark = f"↻{source or ''}"
+        words.append(f"{mark} {_value(arg, names)}" if start else mark)
+    return ", ".join(words)
+
+
+def _names(part: fx.Graph, found: list[Chain]) -> Names:
     """Readable names that do not depend on nodes elsewhere."""
+    stems = {node: f"{chain.stem}/out" for chain in found for node in chain.results}
+    hidden = {node for chain in found for node in chain.nodes} - set(stems)
     counts: dict[str, int] = {}
-    names: dict[fx.Node, str] = {}
+    names: Names = {}
     for node in part.nodes:
+        if node in hidden:
+            continue
         if node.op == "get_attr":
             target = str(node.target)
             names[node] = {MODEL_DTYPE: "model.dtype", MODEL_DEVICE: "model.device"}.get(target, target)
             continue
-        if node.op == "placeholder":
-            stem = str(node.target) if not _is_traced_name(str(node.target)) else "in"
-        else:
-            stem = f"{path_of(node)}/{_operator(node).rpartition('.')[2]}" if path_of(node) else _operator(node)
+        stem = stems.get(node) or _stem(node)
         number = counts.get(stem, 0)
         counts[stem] = number + 1
         names[node] = f"%{stem}" + (f".{number}" if number or stem == "in" else "")
     return names
+
+
+def _stem(node: fx.Node) -> str:
+    if node.op == "placeholder":
+        return str(node.target) if not _is_traced_name(str(node.target)) else "in"
+    return f"{path_of(node)}/{_operator(node).rpartition('.')[2]}" if path_of(node) else _operator(node)
 
 
 def _is_traced_name(name: str) -> bool:
@@ -96,7 +137,7 @@ def _operator(node: fx.Node) -> str:
     return str(getattr(target, "__name__", target))
 
 
-def _value(value: Any, names: dict[fx.Node, str]) -> str:
+def _value(value: Any, names: Names) -> str:
     if isinstance(value, fx.Node):
         return names[value]
     if isinstance(value, (list, tuple)):

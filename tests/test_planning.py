@@ -100,7 +100,9 @@ PUBLISHED: list[tuple[str, str, Pass, int]] = [
 ]
 
 
-@pytest.mark.parametrize(("model", "method", "count"), [row[1:] for row in PUBLISHED], ids=[row[0] for row in PUBLISHED])
+@pytest.mark.parametrize(
+    ("model", "method", "count"), [row[1:] for row in PUBLISHED], ids=[row[0] for row in PUBLISHED]
+)
 def test_published_counts(model: str, method: Pass, count: int) -> None:
     assert plan(captured(model), method).trainable_parameters == count
 
@@ -122,7 +124,9 @@ def test_published_model_sizes(model: str, count: int) -> None:
     assert (found.site_count, found.trainable_parameters, found.method) == (0, 0, "")
 
 
-@pytest.mark.parametrize(("width", "layers", "heads", "count"), [(1024, 24, 16, 354_823_168), (1280, 36, 20, 774_030_080)])
+@pytest.mark.parametrize(
+    ("width", "layers", "heads", "count"), [(1024, 24, 16, 354_823_168), (1280, 36, 20, 774_030_080)]
+)
 def test_tied_weights_count_once(width: int, layers: int, heads: int, count: int) -> None:
     config = transformers.GPT2Config(n_embd=width, n_layer=layers, n_head=heads, architectures=["GPT2LMHeadModel"])
     assert plan(config).base_parameters == count
@@ -146,7 +150,9 @@ def test_training_flops_are_two_forward_passes_and_the_gradients_of_the_adapter(
 
 def test_experts_count_as_often_as_a_token_visits_them() -> None:
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = transformers.MixtralConfig(**shape, num_hidden_layers=2, vocab_size=64, num_local_experts=4, num_experts_per_tok=2)
+    config = transformers.MixtralConfig(
+        **shape, num_hidden_layers=2, vocab_size=64, num_local_experts=4, num_experts_per_tok=2
+    )
     attention = 32 * 32 * 2 + 32 * 16 * 2
     experts = 2 * 3 * 32 * 48 + 32 * 4
     assert plan(config).flops_per_token.base == 2 * (2 * (attention + experts) + 32 * 64)
@@ -215,7 +221,12 @@ def test_sites_carry_path_shape_method_and_rank() -> None:
     found = plan(tiny(), lora(4), lora(2))
     assert found.site_count == 12
     first, last = found.sites[0], found.sites[-1]
-    assert (first.path, first.shape, first.method, first.rank) == ("model.layers.0.self_attn.q_proj", (32, 32), "lora", 4)
+    assert (first.path, first.shape, first.method, first.rank) == (
+        "model.layers.0.self_attn.q_proj",
+        (32, 32),
+        "lora",
+        4,
+    )
     assert (last.path, last.shape, last.method, last.rank) == ("model.layers.2.self_attn.v_proj", (16, 32), "lora_2", 2)
     assert first.trainable_parameters == 4 * 64
     assert found.methods == ("lora(rank=4)", "lora(rank=2)")
