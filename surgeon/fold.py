@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from surgeon.errors import UnsupportedError, UsageError
-from surgeon.graph import Graph, Tag, copied, sweep, tag
+from surgeon.graph import Graph, Tag, copied, structure, sweep, tag
 from surgeon.normal import Base, Normal
 from surgeon.passes.base import Adapter
 from surgeon.run import owners
@@ -167,12 +167,26 @@ def without(graph: Graph, gone: set[str]) -> Graph:
     known = {id(part): _stripped(part, gone) for part, _ in graph.groups()}
     result.layers = {path: known[id(part)] for path, part in graph.layers.items()}
     _drop_unused_inputs(result)
+    result.layers = _shared_again(graph, known)
     sweep(result.trunk)
     result.tensors = {name: spec for name, spec in graph.tensors.items() if spec.owner not in gone}
     result.inserted = {name: read for name, read in graph.inserted.items() if name in result.tensors}
     kept = owners(graph.applied)
     result.applied = tuple(step for owner, step in kept.items() if owner not in gone)
     return result
+
+
+def _shared_again(graph: Graph, known: dict[int, fx.Graph]) -> dict[str, fx.Graph]:
+    """The stripped layers; those that only their adapters had told apart share one graph again."""
+    untouched = [part for part, _ in graph.groups() if known[id(part)] is part]
+    first = {structure(part): part for part in reversed(untouched)}
+    for part in known.values():
+        if part not in untouched:
+            first.setdefault(structure(part), part)
+    return {
+        path: part if part in untouched else first[structure(part)]
+        for path, part in ((path, known[id(before)]) for path, before in graph.layers.items())
+    }
 
 
 def _stripped(part: fx.Graph, gone: set[str]) -> fx.Graph:

@@ -157,6 +157,16 @@ def copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     return fresh, mapping
 
 
+def structure(graph: fx.Graph) -> str:
+    """What a graph computes, written down: equal for two graphs that are copies of one another."""
+    number = {node: str(position) for position, node in enumerate(graph.nodes)}
+    written = [
+        str((node.op, str(node.target), fx.node.map_arg((node.args, dict(node.kwargs)), number.__getitem__)))
+        for node in graph.nodes
+    ]
+    return "\n".join(written)
+
+
 def sweep(graph: fx.Graph) -> None:
     """Erase nodes nothing reads; in-place operators and inputs stay."""
     graph.eliminate_dead_code(is_impure_node=_keeps)
