@@ -27,14 +27,16 @@ _ASSERTIONS = {
     aten._assert_async.msg,
 }
 _COPIES = {aten.alias.default, aten.lift_fresh_copy.default, aten.detach_.default, aten.detach.default}
+_TRANSPOSES = {aten.numpy_T.default, aten.t.default, aten.transpose.int, aten.permute.default, aten.mT.default}
 _CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default}
 
 
 def clean(graph: fx.Graph) -> None:
     """Remove or retarget everything that ties the traced graph to the machine and dtype it was traced with."""
     _name_sizes(graph)
+    _transposed_linears(graph)
     for node in list(graph.nodes):
-        if node.target in _ASSERTIONS:
+        if node.target in _ASSERTIONS or _changes_weights(node):
             graph.erase_node(node)
         elif node.target in _COPIES or _is_full_slice(node):
             _forward(graph, node, node.args[0])
@@ -44,6 +46,16 @@ def clean(graph: fx.Graph) -> None:
             _retarget_factory(graph, node)
     _fold_guards(graph)
     sweep(graph)
+
+
+def _transposed_linears(graph: fx.Graph) -> None:
+    """x @ W.T is a linear without bias (Falcon)."""
+    for node in list(graph.nodes):
+        if node.target is not aten.matmul.default or getattr(node.args[1], "target", None) not in _TRANSPOSES:
+            continue
+        weight = node.args[1].args[0]
+        if weight.op == "get_attr" and weight.meta["val"].dim() == 2:
+            node.target, node.args = aten.linear.default, (node.args[0], weight)
 
 
 def _name_sizes(graph: fx.Graph) -> None:
@@ -59,6 +71,16 @@ def _name_sizes(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target is aten.sym_size.int and node.args[0] in inputs:
             node.args = sources[_symbol(node.meta["val"])]
+
+
+def _changes_weights(node: fx.Node) -> bool:
+    """An in-place clamp of a parameter's data while training (Gemma 3n): base weights are not for a forward to change."""
+    if node.op != "call_function" or node.users or not str(node.target).partition(".")[2].partition(".")[0].endswith("_"):
+        return False
+    source = node.args[0] if node.args else None
+    if isinstance(source, fx.Node) and source.target is aten.detach.default:
+        source = source.args[0]
+    return isinstance(source, fx.Node) and source.op == "get_attr"
 
 
 def _symbol(size: Any) -> str:
@@ -122,13 +144,28 @@ def _attribute(graph: fx.Graph, name: str, value: object) -> fx.Node:
     return node
 
 
+def _same_dtype(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """What `dtype=x.dtype` said: the dtype of the operator's own bf16 input, or of the model where it has none."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or getattr(source.meta.get("val"), "dtype", None) != TRACE_DTYPE:
+        return _attribute(graph, MODEL_DTYPE, TRACE_DTYPE)
+    made = graph.call_function(getattr, (source, "dtype"))
+    made.meta.update(val=TRACE_DTYPE, path=node.meta.get("path", ""))
+    return made
+
+
 def _retarget_factory(graph: fx.Graph, node: fx.Node) -> None:
+    """Device and dtype arguments of any operator but casts."""
     kwargs = dict(node.kwargs)
     with graph.inserting_before(node):
         if isinstance(kwargs.get("device"), torch.device):
             kwargs["device"] = _attribute(graph, MODEL_DEVICE, kwargs["device"])
-        if kwargs.get("dtype") == TRACE_DTYPE:
-            kwargs["dtype"] = _attribute(graph, MODEL_DTYPE, TRACE_DTYPE)
+        for name, value in kwargs.items():
+            if value == TRACE_DTYPE:
+                kwargs[name] = _same_dtype(graph, node)
+        if TRACE_DTYPE in node.args:
+            dtype = _same_dtype(graph, node)
+            node.args = tuple(dtype if value == TRACE_DTYPE else value for value in node.args)
     kwargs.pop("pin_memory", None)
     if kwargs.get("layout") == torch.strided:
         kwargs.pop("layout")

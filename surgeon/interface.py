@@ -110,7 +110,7 @@ def _attention(
         causal=description.causal, window=description.window, chunk=description.chunk,
         softcap=float(softcap or 0.0), dropout_p=float(dropout), role=_role(module, query, key),
     )  # fmt: skip
-    return output.transpose(1, 2), None
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _both(mask: torch.Tensor, bias: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:

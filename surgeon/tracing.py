@@ -14,7 +14,9 @@ import torch
 from torch import nn
 from torch.distributions import Distribution
 
-_NOISE = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop", "jitter_noise", "router_jitter_noise", "input_jitter_noise")
+_NOISE = (
+    "layerdrop", "encoder_layerdrop", "decoder_layerdrop", "jitter_noise", "router_jitter_noise", "input_jitter_noise",
+)  # fmt: skip
 _LONGEST_LITERAL = 64
 
 
@@ -68,6 +70,10 @@ class _Literals(torch.overrides.TorchFunctionMode):
             made = _literal(args[0], kwargs.get("dtype"), kwargs.get("device"))
             if made is not None:
                 return made
+        if func is torch.Tensor.__getitem__:
+            args = (args[0], _index(args[1], args[0].device))
+        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0].detach()  # `.data` itself hides what is done to it from the trace
         return func(*args, **kwargs)
 
 
@@ -82,6 +88,14 @@ def _literal(data: Any, dtype: torch.dtype | None, device: Any) -> torch.Tensor 
     parts = [_literal(item, dtype, device) for item in data]
     known = [part for part in parts if part is not None]
     return torch.stack(known) if known and len(known) == len(parts) else None
+
+
+def _index(index: Any, device: torch.device) -> Any:
+    """An index whose lists of numbers are tensors of the model's device."""
+    if isinstance(index, tuple):
+        return tuple(_index(item, device) for item in index)
+    made = _literal(index, None, device) if isinstance(index, list) else None
+    return index if made is None else made
 
 
 def _flat(data: Any) -> list[Any] | None:
