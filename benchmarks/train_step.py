@@ -1,0 +1,237 @@
+"""One training step, surgeon against PEFT on the same base, batch and optimiser: seconds and memory, side by side.
+
+    python benchmarks/train_step.py                                       # everything, about 15 minutes on 2 cores
+    python benchmarks/train_step.py --models small --methods lora --rounds 5
+
+Bases: `small`, ../shared/models/pystdlib-llama (5.5M), with batches of 4 x 256 tokens; `100m`, a random Llama of 102M
+(hidden 640, 12 layers, 10 heads, inner 1792, vocabulary 32000, untied), with batches of 2 x 512. Adapters on all
+linears: LoRA of rank 16, VeRA of rank 256. AdamW; full batches with a mask of ones, as a data collator makes them.
+
+Seconds: both models live in one process and take steps in turn; the ratio is the median over the rounds of the two
+steps of a round, so that other work on the machine meets both. Memory: a process per measurement; the peak resident
+size (VmHWM, reset after loading) of three steps above what the loaded model holds, its weights all touched and memory
+that loading had freed given back to the system. Blocks above 64 KB are mapped on their own there, so that the resident
+size follows what is allocated. Optimiser state and gradients count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SMALL = Path(__file__).resolve().parents[2] / "shared/models/pystdlib-llama"
+BATCHES = {"small": (4, 256), "100m": (2, 512)}
+RANKS = {"lora": 16, "vera": 256}
+
+
+def make_100m(folder: Path) -> None:
+    """Write the random base, fp32."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=640, intermediate_size=1792, num_hidden_layers=12, num_attention_heads=10, vocab_size=32000,
+        max_position_embeddings=2048, tie_word_embeddings=False,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def surgeon_model(base: str, method: str) -> Any:
+    """The base with surgeon's adapter."""
+    from surgeon import model, passes, run, source
+
+    alpha = {"alpha": 32.0} if method == "lora" else {}
+    step = passes.make(method, rank=RANKS[method], targets="all-linear", **alpha)
+    return model.load_model(run.apply(source.open_graph(source.open_source(base)), step))
+
+
+def peft_model(base: str, method: str) -> Any:
+    """The base with PEFT's adapter."""
+    import peft
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    if method == "lora":
+        config: Any = peft.LoraConfig(r=RANKS["lora"], lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    else:
+        config = peft.VeraConfig(r=RANKS["vera"], target_modules="all-linear", task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, config)
+
+
+def compiled_model(base: str, method: str) -> Any:
+    """PEFT's model under torch.compile."""
+    import torch
+
+    return torch.compile(peft_model(base, method))
+
+
+MAKERS = {"surgeon": surgeon_model, "peft": peft_model, "peft compiled": compiled_model}
+
+
+class Steps:
+    """A model that takes steps on one batch."""
+
+    def __init__(self, side: str, base: str, method: str, shape: tuple[int, int], precision: str) -> None:
+        import torch
+
+        self.model = MAKERS[side](base, method).train()
+        for tensor in self.model.parameters():
+            tensor.detach().sum()
+        ids = torch.randint(3, self.model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+        self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        self.context: Any = contextlib.nullcontext
+        if precision == "bf16":
+            self.context = lambda: torch.autocast("cpu", torch.bfloat16)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.count = sum(p.numel() for p in trained)
+        self.optimiser = torch.optim.AdamW(trained, lr=1e-4)
+
+    def __call__(self) -> float:
+        """One step; its seconds."""
+        began = time.perf_counter()
+        with self.context():
+            loss = self.model(**self.batch).loss
+        loss.backward()
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.loss = float(loss)
+        return time.perf_counter() - began
+
+
+def seconds(base: str, method: str, shape: tuple[int, int], precision: str, sides: list[str], rounds: int) -> Any:
+    """Both sides in turn, after two steps each to warm up."""
+    both = {side: Steps(side, base, method, shape, precision) for side in sides}
+    for _ in range(2):
+        for step in both.values():
+            step()
+    taken: dict[str, list[float]] = {side: [] for side in sides}
+    for turn in range(rounds):
+        for side in sides if turn % 2 == 0 else reversed(sides):
+            taken[side].append(both[side]())
+    found: dict[str, Any] = {side: {"median_s": statistics.median(taken[side]), "best_s": min(taken[side])} for side in sides}
+    for side in sides[1:]:
+        ratios = [ours / theirs for ours, theirs in zip(taken["surgeon"], taken[side], strict=True)]
+        found[f"time / {side}"] = statistics.median(ratios)
+    found["trained"] = {side: step.count for side, step in both.items()}
+    found["loss"] = {side: step.loss for side, step in both.items()}
+    return found
+
+
+def memory(side: str, base: str, method: str, shape: tuple[int, int], precision: str) -> dict[str, int]:
+    """Bytes above the loaded model of this process."""
+    steps = Steps(side, base, method, shape, precision)
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    loaded = _status("VmRSS")
+    for _ in range(3):
+        steps()
+    return {"loaded": loaded, "above": _status("VmHWM") - loaded}
+
+
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def measured_memory(side: str, base: str, method: str, name: str, precision: str) -> dict[str, int]:
+    """`memory` in a process of its own."""
+    command = [sys.executable, __file__, "--one", side, base, method, name, precision]
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    found: dict[str, int] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["small", "100m"], choices=list(BATCHES))
+    parser.add_argument("--methods", nargs="+", default=["lora", "vera"], choices=list(RANKS))
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--compiled", action="store_true", help="PEFT under torch.compile as a third side")
+    parser.add_argument("--no-time", action="store_true")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--out", type=Path, help="file for the results, JSON")
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if options.one:
+        side, base, method, name, precision = options.one
+        print(json.dumps(memory(side, base, method, BATCHES[name], precision)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = run(options, Path(scratch))
+    if options.out:
+        options.out.write_text(json.dumps(described(options, rows), indent=1) + "\n")
+
+
+def run(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
+    """Every measurement, printed as it is made."""
+    sides = ["surgeon", "peft", *(["peft compiled"] if options.compiled else [])]
+    rows: list[dict[str, Any]] = []
+    for name in options.models:
+        base = str(SMALL)
+        if name == "100m":
+            base = str(scratch / "100m")
+            make_100m(Path(base))
+        for method in options.methods:
+            for precision in options.precisions:
+                row: dict[str, Any] = {"model": name, "method": method, "precision": precision}
+                if not options.no_time:
+                    row.update(seconds(base, method, BATCHES[name], precision, sides, options.rounds))
+                if not options.no_memory:
+                    found = {side: measured_memory(side, base, method, name, precision) for side in sides[:2]}
+                    row["memory"] = found
+                    row["memory / peft"] = found["surgeon"]["above"] / found["peft"]["above"]
+                rows.append(row)
+                print(shown(row), flush=True)
+                gc.collect()
+    return rows
+
+
+def shown(row: dict[str, Any]) -> str:
+    """One line for people."""
+    line = f"{row['model']:6s} {row['method']:5s} {row['precision']}"
+    if "surgeon" in row:
+        ours, theirs = row["surgeon"]["median_s"], row["peft"]["median_s"]
+        line += f"  {ours:.3f} s against {theirs:.3f} s: {row['time / peft']:.2f}"
+        line += f" (compiled: {row['time / peft compiled']:.2f})" if "time / peft compiled" in row else ""
+        line += f"  loss {row['loss']['surgeon']:.4f} {row['loss']['peft']:.4f}"
+    if "memory" in row:
+        ours, theirs = (row["memory"][side]["above"] / 1e6 for side in ("surgeon", "peft"))
+        line += f"  {ours:.0f} MB against {theirs:.0f} MB: {row['memory / peft']:.2f}"
+    return line
+
+
+def described(options: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rows with where they were measured."""
+    import peft
+    import torch
+    import transformers
+
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
+    return {
+        "command": "python benchmarks/train_step.py " + " ".join(sys.argv[1:]),
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads",
+        "load": os.getloadavg()[0],
+        "versions": versions,
+        "rounds": options.rounds,
+        "rows": rows,
+    }
+
+
+if __name__ == "__main__":
+    main()
