@@ -163,7 +163,8 @@ class Edit:
             node = self.part.call_function(target, args, kwargs)
         self._cursor = node
         value = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        return self._labelled(node, target(*value[0], **value[1]))
+        with self.node.meta["val"].fake_mode:
+            return self._labelled(node, target(*value[0], **value[1]))
 
     def linear(self, x: fx.Node, weight: fx.Node) -> fx.Node:
         """x Wᵀ, `[.., in]` → `[.., out]`."""
@@ -207,6 +208,8 @@ class Edit:
     def _get(self, part: fx.Graph, target: str, shape: tuple[int, ...], before: fx.Node) -> fx.Node:
         for node in part.nodes:
             if node.op == "get_attr" and node.target == target:
+                if before < node:
+                    before.prepend(node)
                 return node
         with part.inserting_before(before):
             node = part.create_node("get_attr", target)

@@ -37,6 +37,14 @@ class Head:
     softcap: float
 
 
+    def logits(self, module: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits `[.., vocab]` of hidden states `[.., h]`, with the head's tensors out of a module of the graph."""
+        bias = module.get_parameter(self.bias) if self.bias else None
+        scores = torch.nn.functional.linear(hidden, module.get_parameter(self.weight), bias)
+        scores = scores if self.scale == 1.0 else scores * self.scale
+        return self.softcap * torch.tanh(scores / self.softcap) if self.softcap else scores
+
+
 _heads: weakref.WeakKeyDictionary[fx.Graph, tuple[int, Head | None]] = weakref.WeakKeyDictionary()
 
 

@@ -106,6 +106,29 @@ def load(
     return root.eval()
 
 
+def rebind(graph: Graph, loaded: nn.Module) -> GraphModule:
+    """The module of a graph on the parameters and buffers of another module, which has at least its tensors.
+
+    Nothing is copied: a step of training changes both. Buffers are shared until either module is moved.
+
+    Raises:
+        UsageError: the other module lacks a tensor.
+    """
+    held = {**dict(loaded.named_parameters(remove_duplicate=False)), **dict(loaded.named_buffers())}
+    root = GraphModule(graph)
+    for path, shared in graph.layers.items():
+        _add(root, path, Layer(shared))
+    for name in (*graph.tensors, *graph.ties):
+        if name not in held:
+            raise UsageError(f"the loaded model has no tensor {name}", type(loaded).__name__, "load the model anew")
+        owner, leaf = _parent(root, name)
+        if isinstance(held[name], nn.Parameter):
+            owner.register_parameter(leaf, held[name])
+        else:
+            owner.register_buffer(leaf, held[name], persistent=graph.tensors[name].persistent)
+    return root.eval()
+
+
 def read_tensor(graph: Graph, name: str, dtype: torch.dtype | None, device: torch.device) -> torch.Tensor:
     """The value of a tensor of the graph, in its own fixed dtype or the wanted one.
 

@@ -1,0 +1,246 @@
+"""Text from a graph: Hugging Face's own `generate` over the graph with a K/V cache.
+
+Sampling, beams, stop strings, logits processors and streamers are transformers' code; this file gives it a model whose
+forward runs the graph that the `kv_cache` pass makes, on the tensors of an already loaded module.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin, PreTrainedModel, TextStreamer
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
+
+from surgeon import module, run
+from surgeon.errors import UnsupportedError, UsageError
+from surgeon.graph import Graph
+from surgeon.head import find_head
+from surgeon.module import GraphModule
+from surgeon.passes import make
+
+_cached: weakref.WeakKeyDictionary[fx.Graph, dict[str, Graph | None]] = weakref.WeakKeyDictionary()
+
+
+def cached_graph(graph: Graph, phase: str = "both") -> Graph | None:
+    """The graph with a K/V cache, made once per graph; None for a model that cannot have one."""
+    known = _cached.setdefault(graph.trunk, {})
+    if phase not in known:
+        try:
+            known[phase] = run.apply(graph, make("kv_cache", phase=phase))
+        except UnsupportedError:
+            known[phase] = None
+    return known[phase]
+
+
+def generator(loaded: GraphModule) -> Generator:
+    """A Hugging Face model with `.generate(...)`, on the tensors of a loaded module.
+
+    A model that cannot have a cache (recurrent state, attention that is no node) generates by running the whole text
+    for every token: the same tokens, slower.
+
+    Raises:
+        UsageError: the module's graph is for a task without text.
+    """
+    graph = loaded.graph
+    if graph.task == "causal-lm":
+        return CausalGenerator(loaded)
+    if graph.task == "seq2seq-lm":
+        return Seq2SeqGenerator(loaded)
+    raise UsageError(f"a model for {graph.task} does not generate", graph.source or graph.config.model_type)
+
+
+class Generator(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """What `GenerationMixin` needs of a model; the subclasses run the graphs."""
+
+    main_input_name = "input_ids"
+    base_model_prefix = ""
+    _supports_sdpa = True
+
+    def __init__(self, loaded: GraphModule, *phases: str) -> None:
+        config = copy.deepcopy(loaded.graph.config)
+        super().__init__(config)
+        self.generation_config = _generation_config(loaded.graph)
+        graphs = [cached_graph(loaded.graph, phase) for phase in phases]
+        self.has_cache = all(graph is not None for graph in graphs)
+        found = graphs if self.has_cache else [loaded.graph]
+        self.runners = nn.ModuleList(module.rebind(graph, loaded) for graph in found if graph is not None)
+        self.eval()
+
+    def can_generate(self) -> bool:  # type: ignore[override]
+        """It does nothing else."""
+        return True
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """`transformers.GenerationMixin.generate`."""
+        if not self.has_cache:
+            options["use_cache"] = False
+        return super().generate(*args, **options)
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> None:
+        """A cache that keeps every token: windows are the attention node's own business."""
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise UsageError(f"cache_implementation '{kind}' is not supported", "generate", "leave it out")
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = self.new_cache()
+
+    def new_cache(self) -> Any:
+        """An empty cache."""
+        return DynamicCache()
+
+
+class CausalGenerator(Generator):
+    """A decoder: one graph for the prompt and for every token after it."""
+
+    def __init__(self, loaded: GraphModule) -> None:
+        super().__init__(loaded, "both")
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        logits_to_keep: int = 0,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits `[b, t or logits_to_keep, vocab]` of new tokens after those in the cache, which grows by them."""
+        runner: Any = self.runners[0]
+        cache = past_key_values if past_key_values is not None else self.new_cache()
+        batch, new = input_ids.shape
+        total = cache.get_seq_length() + new
+        if attention_mask is None:
+            attention_mask = input_ids.new_ones(batch, total)
+        if position_ids is None:
+            position_ids = torch.arange(total - new, total, device=input_ids.device)[None]
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids.expand(batch, new),
+            "token_type_ids": torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids,
+            **_read(runner, {"": cache}, batch),
+        }
+        logits, results = _logits(runner, given, logits_to_keep)
+        if self.has_cache:
+            _write(results, {"": cache})
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+
+
+class _Deferred(nn.Module):
+    """Stands where `generate` looks for an encoder and hands the ids on: the prefill graph runs its encoder itself."""
+
+    main_input_name = "input_ids"
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=input_ids)
+
+
+class Seq2SeqGenerator(Generator):
+    """An encoder-decoder: one graph for the source and the first tokens, another for every token after them."""
+
+    def __init__(self, loaded: GraphModule) -> None:
+        super().__init__(loaded, "prefill", "step")
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """See `_Deferred`."""
+        return _Deferred()
+
+    def new_cache(self) -> Any:
+        """Keys and values of the decoder's tokens, and of the encoder's states."""
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        **_: Any,
+    ) -> Seq2SeqLMOutput:
+        """Logits `[b, t, vocab]` of new decoder tokens after those in the cache."""
+        source = input_ids if input_ids is not None else encoder_outputs[0]
+        assert decoder_input_ids is not None
+        cache = past_key_values if past_key_values is not None else self.new_cache()
+        past = cache.get_seq_length()
+        runner: Any = self.runners[1 if past else 0]
+        batch, new = decoder_input_ids.shape
+        if decoder_attention_mask is None:
+            decoder_attention_mask = decoder_input_ids.new_ones(batch, past + new)
+        parts = {"decoder.": cache.self_attention_cache, "encoder.": cache.cross_attention_cache}
+        given = {
+            "input_ids": source,
+            "attention_mask": torch.ones_like(source) if attention_mask is None else attention_mask,
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
+            **_read(runner, parts, batch),
+        }
+        logits, results = _logits(runner, given, 0)
+        _write(results, parts)
+        return Seq2SeqLMOutput(logits=logits, past_key_values=past_key_values)
+
+
+def _generation_config(graph: Graph) -> GenerationConfig:
+    """The checkpoint's generation_config.json, or what its config says."""
+    if graph.source and (Path(graph.source) / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(graph.source)
+    return GenerationConfig.from_model_config(graph.config)
+
+
+def _logits(runner: GraphModule, given: dict[str, Any], keep: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The logits, only of the last `keep` tokens if it is not 0, and every output by name."""
+    head = find_head(runner.graph) if keep else None
+    inputs = [given[name] for name in runner.graph.inputs]
+    results = dict(zip(runner.graph.outputs, runner.run(head.body if head else runner.graph.trunk, *inputs), strict=True))
+    last = results["logits"][:, -keep:] if keep else results["logits"]
+    return (head.logits(runner, last) if head else last), results
+
+
+def _read(runner: GraphModule, caches: dict[str, DynamicCache], batch: int) -> dict[str, torch.Tensor]:
+    """The cache's keys and values under the names of the graph's inputs; empty ones where there are none yet."""
+    given = {}
+    inputs = [node for node in runner.graph.trunk.nodes if node.op == "placeholder"]
+    for name, node in zip(runner.graph.inputs, inputs, strict=True):
+        if name.startswith("past_key_values."):
+            layers, number, word = _slot(name, caches)
+            if number < len(layers) and layers[number].is_initialized:
+                given[name] = layers[number].keys if word == "key" else layers[number].values
+            else:
+                _, heads, _, size = node.meta["val"].shape
+                shape = (batch, heads, 0, size)
+                given[name] = torch.empty(shape, dtype=runner.model_dtype, device=runner.model_device)
+    return given
+
+
+def _write(results: dict[str, torch.Tensor], caches: dict[str, DynamicCache]) -> None:
+    """The graph's outputs become the cache; what a graph does not return (the encoder's in a step) stays."""
+    for name, keys in results.items():
+        if name.startswith("present.") and name.endswith(".key"):
+            layers, number, _ = _slot(name, caches)
+            while len(layers) <= number:
+                layers.append(DynamicLayer())
+            values = results[name.removesuffix("key") + "value"]
+            if not layers[number].is_initialized:
+                layers[number].lazy_initialization(keys, values)
+            layers[number].keys, layers[number].values = keys, values
+
+
+def _slot(name: str, caches: dict[str, DynamicCache]) -> tuple[list[Any], int, str]:
+    """(layers of the cache, index, "key" or "value") of an input or output of the graph."""
+    _, number, *kind, word = name.split(".")
+    layers = caches["".join(f"{part}." for part in kind)].layers
+    if any(type(layer) is not DynamicLayer for layer in layers):
+        raise UsageError(
+            "this cache drops tokens or has a fixed size", "past_key_values", "an empty DynamicCache(), without config"
+        )
+    return layers, int(number), word
