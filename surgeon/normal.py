@@ -55,7 +55,7 @@ class Normal:
         """scale · b a `[out, in]` in fp32, groups expanded; None without a and b."""
         if self.a is None or self.b is None:
             return None
-        product = (self.b.float() @ self.a.float()) * self.scale
+        product = (self.b.float() @ self.a.float()).mul_(self.scale)
         return product.repeat_interleave(self.group, -1) if self.group > 1 else product
 
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
@@ -63,7 +63,7 @@ class Normal:
         result = weight if weight.dtype == torch.float64 else weight.float()
         delta = self.delta()
         if delta is not None:
-            result = result + delta.to(result.dtype)
+            result = delta.to(result.dtype).add_(result)
         if self.u is not None:
             result = result * self.u.to(result.dtype)
         if self.s is not None:

@@ -1,7 +1,8 @@
 """Running a graph that does not fit in memory: one weight at a time, straight from the checkpoint.
 
 Every tensor is read where it is used, brought to the dtype of the arithmetic, and dropped after; mapped pages are given
-back after every layer. The peak is the largest weight twice, whatever the depth.
+back after every linear. The peak is the largest weight as it is stored and a block of it as it is used, whatever the
+depth.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from surgeon.module import read_tensor
 
 assert ops  # registers the operators
 aten = torch.ops.aten
+_BLOCK = 1 << 23  # elements of a weight in the dtype of the arithmetic at once: 32 MB in fp32
 
 
 class StreamingExecutor:
@@ -72,6 +74,8 @@ class StreamingExecutor:
 
     def _step(self, node: fx.Node, values: list[dict[fx.Node, Any]], prefix: str) -> list[Any]:
         """One node, for every lane."""
+        if node.op == "call_function" and node.target is aten.linear.default and node.args[1].op == "get_attr":
+            return self._linear(node, values, prefix)
         lookup = node.target is aten.embedding.default
         read = {
             source: self._read(source, prefix, cast=not (lookup and source is node.args[0]))
@@ -93,6 +97,21 @@ class StreamingExecutor:
         function: Any = node.target
         results = [function(*a, **k) for a, k in zip(args, kwargs, strict=True)]
         return [result.to(self.dtype) for result in results] if lookup else results
+
+    def _linear(self, node: fx.Node, values: list[dict[fx.Node, Any]], prefix: str) -> list[Any]:
+        """x Wᵀ + b with W brought to the dtype of the arithmetic block of rows by block."""
+        weight = self._read(node.args[1], prefix, cast=False)
+        bias = self._read(node.args[2], prefix) if len(node.args) > 2 and node.args[2] is not None else None
+        rows = max(1, _BLOCK // weight.shape[1])
+        parts: list[list[torch.Tensor]] = [[] for _ in values]
+        for start in range(0, weight.shape[0], rows):
+            block = weight[start : start + rows].to(self.dtype)
+            for lane, found in zip(values, parts, strict=True):
+                found.append(torch.nn.functional.linear(lane[node.args[0]], block))
+        del weight
+        self.release()
+        results = [found[0] if len(found) == 1 else torch.cat(found, -1) for found in parts]
+        return results if bias is None else [result + bias for result in results]
 
     def _read(self, node: fx.Node, prefix: str, *, cast: bool = True) -> Any:
         if node.target == MODEL_DTYPE:
