@@ -1,0 +1,41 @@
+"""`surgeon apply`: put methods into a model, ready to train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from surgeon.cli import output
+from surgeon.cli.methods import Methods, chosen, with_method_options
+
+
+@with_method_options
+def command(
+    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, hub id, or a work folder to stack on.")],
+    method: Methods = ["lora"],  # noqa: B006  typer copies it
+    out: Annotated[Path, typer.Option("--out", "-o", help="The work folder to write.")] = Path("work"),
+    task: Annotated[str, typer.Option(help="What the model is for; read off its config if not given.")] = "",
+    seed: Annotated[int, typer.Option(help="Of the first values of what is inserted.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace the work folder if it exists.")] = False,
+    json: output.Json = False,
+    **options: Any,
+) -> None:
+    """Rewrite a model's graph with one or more methods and write a work folder. The base is referenced, not copied.
+
+    Examples:
+        surgeon apply model/ --method lora --rank 16 --targets all-linear
+        surgeon apply model/ --method vera --method 'lora(rank=4, targets=lm_head)' -o work/
+    """
+    steps = chosen(method, options)
+    from surgeon import api, run, store
+    from surgeon.cli.plan import view
+    from surgeon.planning import plan
+
+    graph = api.read(model, task or None)
+    found = plan(graph, *steps)
+    folder = store.save(run.apply(graph, *steps, seed=seed), out, overwrite=overwrite, seed=seed)
+    output.emit({"folder": folder, **output.plain(found)}, json, view(found))
+    if not json:
+        output.say(f"wrote {folder}; next: surgeon train {folder} --data FILE.jsonl")

@@ -1,0 +1,87 @@
+"""`surgeon plan`: what a method would cost on a model, before anything is downloaded, loaded or changed."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from surgeon.cli import output
+from surgeon.cli.methods import Methods, chosen, with_method_options
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from surgeon.planning import Plan, PlannedSite
+
+_COLUMNS = ("module", "kind", "shape", "method", "rank", "sites", "parameters")
+_RIGHT = ("shape", "rank", "sites", "parameters")
+
+
+@with_method_options
+def command(
+    model: Annotated[str, typer.Argument(help="Folder with a config.json, or a hub id.")],
+    method: Methods = ["lora"],  # noqa: B006  typer copies it
+    task: Annotated[str, typer.Option(help="What the model is for; read off its config if not given.")] = "",
+    json: output.Json = False,
+    **options: Any,
+) -> None:
+    """Count parameters, bytes and FLOPs, and list the sites of a method. Reads config.json alone.
+
+    Examples:
+        surgeon plan model/ --method vera --rank 1024 --targets all-linear
+        surgeon plan model/ --method lora --method 'vera(rank=64, targets=*.up_proj)' --json
+    """
+    steps = chosen(method, options)
+    from surgeon.planning import plan
+
+    found = plan(model, *steps, task=task or None)
+    output.emit(output.plain(found), json, view(found))
+
+
+def view(plan: Plan) -> RenderableType:
+    """A plan for people: the sites, alike ones in one line, and the totals."""
+    from rich.console import Group
+
+    rows = [
+        (pattern, sites[0].kind, shape(sites[0]), sites[0].method, sites[0].rank or "", len(sites), f"{count:,}")
+        for pattern, sites in alike(plan.sites)
+        for count in [sum(site.trainable_parameters for site in sites)]
+    ]
+    shown: list[RenderableType] = [output.table("", _COLUMNS, rows, right=_RIGHT), output.fields(totals(plan))]
+    shown += [f"skipped {skip.path}: {skip.why}" for skip in plan.skipped[:10]]
+    return Group(*shown)
+
+
+def alike(sites: tuple[PlannedSite, ...]) -> list[tuple[str, list[PlannedSite]]]:
+    """Sites that differ in their layer alone, as one pattern with a `*` for the layer's number."""
+    found: dict[tuple[object, ...], list[PlannedSite]] = {}
+    for site in sites:
+        pattern = re.sub(r"\.\d+\.", ".*.", site.path)
+        found.setdefault((pattern, site.shape, site.method, site.rank), []).append(site)
+    return [(str(key[0]) if len(group) > 1 else group[0].path, group) for key, group in found.items()]
+
+
+def shape(site: PlannedSite) -> str:
+    """`out × in`."""
+    return f"{site.shape[0]:,} × {site.shape[1]:,}"
+
+
+def totals(plan: Plan) -> dict[str, str]:
+    """The numbers below the table."""
+    share = 100 * plan.trainable_parameters / max(plan.base_parameters, 1)
+    stored = f"{output.size(plan.bytes.adapter)} · {plan.stored_parameters:,} numbers in fp32"
+    flops = plan.flops_per_token
+    added = 100 * flops.adapter / max(flops.base, 1)
+    return {
+        "model": f"{plan.model}, {plan.task} · {plan.base_parameters:,} parameters · {output.size(plan.bytes.base)}",
+        "trains": f"{plan.trainable_parameters:,} parameters ({share:.3g} %) at {plan.site_count} sites",
+        "stored": f"{stored}, {plan.frozen_parameters:,} of them frozen" if plan.frozen_parameters else stored,
+        "training": f"{output.size(plan.bytes.training)} for weights, gradients and AdamW; activations come on top",
+        "per token": f"forward {_flops(flops.forward)} (+{added:.2g} %) · training step {_flops(flops.training_step)}",
+    }
+
+
+def _flops(count: int) -> str:
+    return output.size(count).removesuffix("B").rstrip() + "FLOP"
