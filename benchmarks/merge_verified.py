@@ -59,10 +59,15 @@ def merge(base: Path, out: Path) -> dict[str, Any]:
     proof = merged.comparison
     assert proof is not None
     return {
-        "merge_seconds": seconds - proof.seconds, "verify_seconds": proof.seconds, "merge_peak_bytes": after_writing[0],
-        "verify_peak_bytes": peak(), "max_error": proof.max_error, "bound": proof.bound,
-        "token_agreement": proof.token_agreement, "bytes": source.checkpoint.nbytes,
-    }  # fmt: skip
+        "merge_seconds": seconds - proof.seconds,
+        "verify_seconds": proof.seconds,
+        "merge_peak_bytes": after_writing[0],
+        "verify_peak_bytes": peak(),
+        "max_error": proof.max_error,
+        "bound": proof.bound,
+        "token_agreement": proof.token_agreement,
+        "bytes": source.checkpoint.nbytes,
+    }
 
 
 def main() -> None:
@@ -80,7 +85,14 @@ def main() -> None:
         merge_stream.make(base, options.layers)
         copies = [merge_stream.copy(base, copy)]
         shutil.rmtree(copy, ignore_errors=True)
-        command = [sys.executable, "-m", "benchmarks.merge_verified", "--child", str(base), str(Path(folder) / "merged")]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.merge_verified",
+            "--child",
+            str(base),
+            str(Path(folder) / "merged"),
+        ]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         result = json.loads(done.stdout.splitlines()[-1])
         copies.append(merge_stream.copy(base, copy))

@@ -39,7 +39,9 @@ class Adapted:
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(help="Folder to make; everything the demo writes is in it.")] = Path("surgeon-demo"),
+    folder: Annotated[Path, typer.Argument(help="Folder to make; everything the demo writes is in it.")] = Path(
+        "surgeon-demo"
+    ),
     seconds: Annotated[float, typer.Option(help="How long to train the base model.")] = 60.0,
     steps: Annotated[int, typer.Option(help="Training steps of each adapter.")] = 120,
     overwrite: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
@@ -55,7 +57,9 @@ def command(
         surgeon demo /tmp/try --seconds 20 --steps 40
     """
     if seconds <= 0 or steps < 1:
-        raise UsageError(f"nothing to train in {seconds} s and {steps} steps", "surgeon demo", "for example --seconds 60")
+        raise UsageError(
+            f"nothing to train in {seconds} s and {steps} steps", "surgeon demo", "for example --seconds 60"
+        )
     prepare(folder, overwrite)
     began = time.perf_counter()
     make_base(folder, seconds)
@@ -133,15 +137,25 @@ def adapt(folder: Path, method: str, train: Rendered, held_out: Rendered, steps:
     heading(f"3  {method}: merge and verify", f"surgeon merge {work} -o {merged}")
     proof = api.merge(work, merged).comparison
     assert proof is not None
-    output.say(f"   largest difference {proof.max_error:.2g} (bound {proof.bound:.2g}), same token {proof.token_agreement:.0%}")
+    output.say(
+        f"   largest difference {proof.max_error:.2g} (bound {proof.bound:.2g}), same token {proof.token_agreement:.0%}"
+    )
     heading(f"4  {method}: export and compare tokens", f"surgeon export {merged} --target onnx -o {onnx}")
     exported = api.export(merged, onnx, target="onnx")
     text, agreement = same_tokens(work, onnx)
     output.say(f"   onnxruntime: largest difference {exported.max_error:.2g}, same greedy token {agreement:.0%}")
     return Adapted(
-        method, report.trainable_parameters, before, after, proof.max_error, proof.bound, proof.token_agreement,
-        exported.max_error, agreement, text,
-    )  # fmt: skip
+        method,
+        report.trainable_parameters,
+        before,
+        after,
+        proof.max_error,
+        proof.bound,
+        proof.token_agreement,
+        exported.max_error,
+        agreement,
+        text,
+    )
 
 
 def same_tokens(work: Path, onnx: Path) -> tuple[str, float]:
@@ -175,14 +189,29 @@ def shown(line: str) -> None:
 
 def table(results: list[Adapted]) -> Any:
     """What the demo found, one row per method."""
-    columns = ("method", "trained", "loss before", "loss after", "merged: error", "same token", "ONNX: error", "same tokens")
+    columns = (
+        "method",
+        "trained",
+        "loss before",
+        "loss after",
+        "merged: error",
+        "same token",
+        "ONNX: error",
+        "same tokens",
+    )
     rows = [
         (
-            r.method, f"{r.trainable_parameters:,}", f"{r.loss_before:.3f}", f"{r.loss_after:.3f}", f"{r.merge_error:.1e}",
-            f"{r.merge_agreement:.0%}", f"{r.onnx_error:.1e}", f"{r.onnx_agreement:.0%}",
+            r.method,
+            f"{r.trainable_parameters:,}",
+            f"{r.loss_before:.3f}",
+            f"{r.loss_after:.3f}",
+            f"{r.merge_error:.1e}",
+            f"{r.merge_agreement:.0%}",
+            f"{r.onnx_error:.1e}",
+            f"{r.onnx_agreement:.0%}",
         )
         for r in results
-    ]  # fmt: skip
+    ]
     return output.table("", columns, rows, right=columns[1:])
 
 

@@ -21,7 +21,9 @@ def command(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merged checkpoint.")] = Path("merged"),
     base: Annotated[Path | None, typer.Option(help="The base, if it moved since the adapter was made.")] = None,
     dtype: Annotated[str, typer.Option(help="Store in float32, bfloat16 or float16; default: as the base.")] = "",
-    verify: Annotated[bool, typer.Option(help="Compare with the adapted model before the folder is put in place.")] = True,
+    verify: Annotated[
+        bool, typer.Option(help="Compare with the adapted model before the folder is put in place.")
+    ] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder if it exists.")] = False,
     json: output.Json = False,
 ) -> None:
@@ -42,9 +44,14 @@ def command(
 
     with output.bar("merging") as advance:
         merged = api.merge(
-            folder, out, base=base, overwrite=overwrite, dtype=getattr(torch, dtype) if dtype else None,
-            verify=verify, progress=advance,
-        )  # fmt: skip
+            folder,
+            out,
+            base=base,
+            overwrite=overwrite,
+            dtype=getattr(torch, dtype) if dtype else None,
+            verify=verify,
+            progress=advance,
+        )
     output.emit(summary(merged), json)
     if not json:
         output.say(f"next: surgeon verify {folder} {out}, or load {out} with any Hugging Face tool")
@@ -54,13 +61,20 @@ def summary(merged: Merged) -> dict[str, Any]:
     """What `--json` prints: the files, and the measured proof."""
     written, comparison = merged.written, merged.comparison
     result: dict[str, Any] = {
-        "folder": written.folder, "files": written.files, "merged_tensors": len(written.merged),
-        "copied_bytes": written.copied_bytes, "merged_bytes": written.merged_bytes, "seconds": written.seconds,
-    }  # fmt: skip
+        "folder": written.folder,
+        "files": written.files,
+        "merged_tensors": len(written.merged),
+        "copied_bytes": written.copied_bytes,
+        "merged_bytes": written.merged_bytes,
+        "seconds": written.seconds,
+    }
     if comparison is not None:
         result |= {
-            "max_error": comparison.max_error, "bound": comparison.bound, "because": comparison.because,
-            "token_agreement": comparison.token_agreement, "verify_seconds": comparison.seconds,
+            "max_error": comparison.max_error,
+            "bound": comparison.bound,
+            "because": comparison.because,
+            "token_agreement": comparison.token_agreement,
+            "verify_seconds": comparison.seconds,
             "peak_rss_bytes": comparison.peak_rss_bytes,
-        }  # fmt: skip
+        }
     return result

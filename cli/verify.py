@@ -14,7 +14,9 @@ from surgeon.errors import CheckFailed
 def command(
     first: Annotated[Path, typer.Argument(help="The reference: a work folder, adapter folder or checkpoint.")],
     second: Annotated[Path, typer.Argument(help="What is checked against it.")],
-    task: Annotated[str | None, typer.Option(help="What to capture plain checkpoints for; default: as they say.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="What to capture plain checkpoints for; default: as they say.")
+    ] = None,
     json: output.Json = False,
 ) -> None:
     """Run both on the same probes, in fp32 arithmetic, one weight in memory at a time.
@@ -30,10 +32,15 @@ def command(
 
     found = api.verify(first, second, task=task)
     result = {
-        "ok": found.ok, "max_error": found.max_error, "bound": found.bound, "because": found.because,
-        "token_agreement": found.token_agreement, "seconds": found.seconds, "peak_rss_bytes": found.peak_rss_bytes,
+        "ok": found.ok,
+        "max_error": found.max_error,
+        "bound": found.bound,
+        "because": found.because,
+        "token_agreement": found.token_agreement,
+        "seconds": found.seconds,
+        "peak_rss_bytes": found.peak_rss_bytes,
         "probes": found.probes,
-    }  # fmt: skip
+    }
     rows = [(probe.text[:48], f"{probe.max_error:.3g}", f"{probe.token_agreement:.0%}") for probe in found.probes]
     table = output.table("probes", ("probe", "largest difference", "same token"), rows, right=("largest difference",))
     if not json:
@@ -43,8 +50,9 @@ def command(
         output.emit(result, json)
     if not found.ok:
         raise CheckFailed(
-            f"not the same function: {found.max_error:.3g} is over the bound {found.bound:.3g}", f"{first} and {second}",
+            f"not the same function: {found.max_error:.3g} is over the bound {found.bound:.3g}",
+            f"{first} and {second}",
             "look at the probes above; surgeon show tells what was applied",
-        )  # fmt: skip
+        )
     if not json:
         output.say("the same function")

@@ -72,7 +72,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> SurgeonModel:
-    """A work folder, a PEFT adapter folder or a plain checkpoint as a model with Hugging Face's forward and `.generate`.
+    """A work folder, a PEFT adapter folder or a plain checkpoint as a model that runs, trains and generates.
 
     Args:
         folder: the folder, or a hub id.
@@ -114,12 +114,20 @@ def merge(
     """
     graph = work.trained() if isinstance(work, SurgeonModel) else read(work, base=base)
     if not graph.applied:
-        raise UsageError("there is nothing to merge: this is a plain checkpoint", str(work), "give a work or adapter folder")
+        raise UsageError(
+            "there is nothing to merge: this is a plain checkpoint", str(work), "give a work or adapter folder"
+        )
     source = base_of(graph)
     return merge_folder(
-        graph, source, out, overwrite=overwrite, dtype=dtype, verify=verify, tokenizer=tokenizer_of(source.folder),
+        graph,
+        source,
+        out,
+        overwrite=overwrite,
+        dtype=dtype,
+        verify=verify,
+        tokenizer=tokenizer_of(source.folder),
         progress=progress,
-    )  # fmt: skip
+    )
 
 
 def export(work: str | Path, out: str | Path, *, target: str = "onnx", **options: Any) -> Any:

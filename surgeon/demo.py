@@ -24,7 +24,17 @@ PIECE = 900  # characters in a row of the adaptation text
 def source_texts(limit: int = 2_000_000) -> list[str]:
     """Sources of the standard library, up to `limit` characters, in a fixed shuffled order."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = ("test", "tests", "site-packages", "idlelib", "lib2to3", "pydoc_data", "__pycache__", "turtledemo", "encodings")
+    skipped = (
+        "test",
+        "tests",
+        "site-packages",
+        "idlelib",
+        "lib2to3",
+        "pydoc_data",
+        "__pycache__",
+        "turtledemo",
+        "encodings",
+    )
     files = [path for path in sorted(root.rglob("*.py")) if not set(path.relative_to(root).parts) & set(skipped)]
     random.Random(0).shuffle(files)
     texts, size = [], 0
@@ -76,10 +86,19 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def make_config() -> LlamaConfig:
     """A Llama of 0.9 million parameters with grouped-query attention and tied embeddings."""
     return LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, tie_word_embeddings=True,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
 
 
 def train_base(folder: Path, seconds: float, report: Callable[[float, int, float], None]) -> float:

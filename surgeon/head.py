@@ -36,7 +36,6 @@ class Head:
     scale: float
     softcap: float
 
-
     def logits(self, module: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Logits `[.., vocab]` of hidden states `[.., h]`, with the head's tensors out of a module of the graph."""
         bias = module.get_parameter(self.bias) if self.bias else None

@@ -22,7 +22,14 @@ _LOSSES = {
     "token-classification": "ForTokenClassification",
     "question-answering": "ForQuestionAnswering",
 }
-_IGNORED = {"return_dict", "use_cache", "output_attentions", "output_hidden_states", "num_items_in_batch", "cache_position"}
+_IGNORED = {
+    "return_dict",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "num_items_in_batch",
+    "cache_position",
+}
 
 
 @dataclasses.dataclass
@@ -70,7 +77,7 @@ class SurgeonModel(module.GraphModule):
         """
         count = inputs.pop("num_items_in_batch", None)
         known = {name: value for name, value in inputs.items() if value is not None and name not in _IGNORED}
-        spans = {name: known.pop(name) for name in ("start_positions", "end_positions") if name in known}
+        spans: dict[str, Any] = {name: known.pop(name) for name in ("start_positions", "end_positions") if name in known}
         given = self._filled(known, labels)
         if labels is None and not spans:
             return Output(**dict(zip(self.graph.outputs, self.run(self.graph.trunk, *given), strict=True)))
@@ -89,10 +96,14 @@ class SurgeonModel(module.GraphModule):
         hidden = self.run(head.body, *given)[0]
         weight = self.get_parameter(head.weight)
         bias = self.get_parameter(head.bias) if head.bias else None
-        flat = (hidden, weight, bias, labels) if self.graph.task == "causal-lm" else (
-            hidden.flatten(0, -2), weight, bias, labels.flatten()
-        )  # fmt: skip
-        value = loss(*flat, softcap=head.softcap or None, scale=None if head.scale == 1 else head.scale, num_items=count)
+        flat = (
+            (hidden, weight, bias, labels)
+            if self.graph.task == "causal-lm"
+            else (hidden.flatten(0, -2), weight, bias, labels.flatten())
+        )
+        value = loss(
+            *flat, softcap=head.softcap or None, scale=None if head.scale == 1 else head.scale, num_items=count
+        )
 
         def logits() -> torch.Tensor:
             scores = torch.nn.functional.linear(hidden, weight, bias) * head.scale
@@ -104,7 +115,9 @@ class SurgeonModel(module.GraphModule):
 
     def _task_loss(self, results: Mapping[str, torch.Tensor], labels: Any, spans: Mapping[str, Any]) -> torch.Tensor:
         if self.graph.task not in _LOSSES:
-            raise UsageError(f"the task {self.graph.task} has no loss", str(self.graph.source), "capture it for another --task")
+            raise UsageError(
+                f"the task {self.graph.task} has no loss", str(self.graph.source), "capture it for another --task"
+            )
         loss: Callable[..., torch.Tensor] = LOSS_MAPPING[_LOSSES[self.graph.task]]
         if spans:
             return loss(results["start_logits"], results["end_logits"], **spans)
@@ -117,7 +130,9 @@ class SurgeonModel(module.GraphModule):
         names = self.graph.inputs
         unknown = [name for name in given if name not in names and name not in ("position_ids", "token_type_ids")]
         if unknown:
-            raise UsageError(f"the model has no input '{unknown[0]}'", ", ".join(names), f"nearest: {nearest(unknown[0], names)}")
+            raise UsageError(
+                f"the model has no input '{unknown[0]}'", ", ".join(names), f"nearest: {nearest(unknown[0], names)}"
+            )
         if "decoder_input_ids" in names and "decoder_input_ids" not in given and labels is not None:
             given["decoder_input_ids"] = shifted_right(labels, self.config)
         for name in names:
@@ -167,7 +182,7 @@ class SurgeonModel(module.GraphModule):
     def trained(self) -> Graph:
         """The graph with the tensors of this module in place of the first values of what passes inserted."""
         graph = self.graph.copy()
-        state = dict(self.named_parameters())
+        state: dict[str, torch.Tensor] = dict(self.named_parameters())
         state.update(self.named_buffers())
         for name in graph.inserted:
             graph.inserted[name] = _Held(state[name].detach())
@@ -221,5 +236,3 @@ def _logit_loss(logits: torch.Tensor, labels: torch.Tensor, task: str, count: An
         logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100, reduction="sum"
     )
     return total / (count if count is not None else (labels != -100).sum().clamp(min=1))
-
-

@@ -25,6 +25,7 @@ class Scope(nn.Module):
     """A module that only holds tensors and other modules."""
 
     def forward(self, *args: Any) -> Any:
+        """Raises: a scope has no function of its own."""
         raise UsageError("this part of the model has no function of its own", type(self).__name__)
 
     @property
@@ -122,10 +123,11 @@ def rebind(graph: Graph, loaded: nn.Module) -> GraphModule:
         if name not in held:
             raise UsageError(f"the loaded model has no tensor {name}", type(loaded).__name__, "load the model anew")
         owner, leaf = _parent(root, name)
-        if isinstance(held[name], nn.Parameter):
-            owner.register_parameter(leaf, held[name])
+        tensor = held[name]
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(leaf, tensor)
         else:
-            owner.register_buffer(leaf, held[name], persistent=graph.tensors[name].persistent)
+            owner.register_buffer(leaf, tensor, persistent=graph.tensors[name].persistent)
     return root.eval()
 
 

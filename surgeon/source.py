@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from surgeon.buffers import materialise_buffers
-from surgeon.capture import build, capture_config
+from surgeon.capture import capture_config
 from surgeon.checkpoint import Checkpoint
 from surgeon.errors import UsageError
 from surgeon.graph import Graph
@@ -45,7 +45,9 @@ def resolve(name: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
-        raise UsageError(f"no folder {name}", str(folder.absolute().parent), "give a folder with a config.json or a hub id")
+        raise UsageError(
+            f"no folder {name}", str(folder.absolute().parent), "give a folder with a config.json or a hub id"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -53,9 +55,10 @@ def resolve(name: str | Path) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=patterns))
     except Exception as error:
         raise UsageError(
-            f"no folder {name}, and it cannot be downloaded", f"{type(error).__name__}: {error}".splitlines()[0],
+            f"no folder {name}, and it cannot be downloaded",
+            f"{type(error).__name__}: {error}".splitlines()[0],
             "check the name and the network, or give a local folder",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def open_source(
@@ -73,9 +76,10 @@ def open_source(
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"transformers cannot read the config: {reason}", str(folder / "config.json"),
+            f"transformers cannot read the config: {reason}",
+            str(folder / "config.json"),
             "check model_type; surgeon doctor shows the installed transformers",
-        ) from error  # fmt: skip
+        ) from error
     return Source(folder, checkpoint, config, find_task(task, config.architectures, str(folder)))
 
 

@@ -99,7 +99,7 @@ class StreamingExecutor:
         return [result.to(self.dtype) for result in results] if lookup else results
 
     def _linear(self, node: fx.Node, values: list[dict[fx.Node, Any]], prefix: str) -> list[Any]:
-        """x Wᵀ + b with W brought to the dtype of the arithmetic block of rows by block."""
+        """X Wᵀ + b with W brought to the dtype of the arithmetic block of rows by block."""
         weight = self._read(node.args[1], prefix, cast=False)
         bias = self._read(node.args[2], prefix) if len(node.args) > 2 and node.args[2] is not None else None
         rows = max(1, _BLOCK // weight.shape[1])

@@ -75,7 +75,7 @@ class Comparison:
         """Raise CheckFailed if the error is over the bound."""
         if not self.ok:
             raise CheckFailed(
-                f"not the same function: error {self.max_error:.3g} is over the bound {self.bound:.3g} ({self.because})",
+                f"not the same function: error {self.max_error:.3g}, bound {self.bound:.3g} ({self.because})",
                 where,
                 "nothing was written; surgeon verify shows the error of each probe",
             )
@@ -117,7 +117,9 @@ def probe_inputs(graph: Graph, probe: Probe) -> list[torch.Tensor]:
     return inputs
 
 
-def outputs(graph: Graph, probes: Sequence[Probe], release: Callable[[], None] = lambda: None) -> list[list[torch.Tensor]]:
+def outputs(
+    graph: Graph, probes: Sequence[Probe], release: Callable[[], None] = lambda: None
+) -> list[list[torch.Tensor]]:
     """Every output of the graph on every probe, in fp32, one weight in memory at a time."""
     run = StreamingExecutor(graph, release=release)
     results = run.batch([probe_inputs(graph, probe) for probe in probes])
@@ -184,7 +186,9 @@ def _result(probe: Probe, expected: list[torch.Tensor], found: list[torch.Tensor
 def _error(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
     for e, f in zip(expected, found, strict=True):
         if e.shape != f.shape:
-            raise UsageError(f"the outputs have shapes {tuple(e.shape)} and {tuple(f.shape)}", "", "compare like with like")
+            raise UsageError(
+                f"the outputs have shapes {tuple(e.shape)} and {tuple(f.shape)}", "", "compare like with like"
+            )
     errors = torch.stack([(e - f).abs().max() for e, f in zip(expected, found, strict=True)])
     return float(errors.max()) if not bool(errors.isnan().any()) else float("nan")
 

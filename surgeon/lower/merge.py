@@ -76,16 +76,24 @@ def merge(
             measured.append(_verified(graph, source, folder, dtype, tokenizer))
             measured[0].require(str(out))
         manifest = {
-            "base": str(source.folder), "base_fingerprint": source.checkpoint.fingerprint(),
+            "base": str(source.folder),
+            "base_fingerprint": source.checkpoint.fingerprint(),
             "passes": [{"name": step.name, "options": step.options()} for step in graph.applied],
             "verified": asdict(measured[0]) if measured else None,
-        }  # fmt: skip
+        }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
     written = write_merged(
-        source.checkpoint, deltas, out, extra_tensors=extra, config_update=update, dtype=dtype, progress=progress,
-        overwrite=overwrite, check=check,
-    )  # fmt: skip
+        source.checkpoint,
+        deltas,
+        out,
+        extra_tensors=extra,
+        config_update=update,
+        dtype=dtype,
+        progress=progress,
+        overwrite=overwrite,
+        check=check,
+    )
     return Merged(written, measured[0] if measured else None)
 
 
@@ -141,6 +149,7 @@ def _base(graph: Graph, name: str, item: Fold) -> Base:
 
 def _rows(normals: list[Normal], turned: bool) -> Delta:
     """The change of rows of a stored tensor; rows are outputs, or inputs where it is stored transposed."""
+
     def delta(weight: torch.Tensor, rows: slice) -> torch.Tensor:
         if turned:
             return _folded(weight.t(), [normal.inputs(rows) for normal in normals]).t()
@@ -165,8 +174,9 @@ def _converted(
         if delta is None or normal.u is not None or normal.s is not None:
             raise UnsupportedError(
                 f"{name} is stored in parts, which this adapter cannot be split over",
-                str(source.folder), "leave the module out with --exclude",
-            )  # fmt: skip
+                str(source.folder),
+                "leave the module out with --exclude",
+            )
         total = delta if total is None else total + delta
     assert total is not None
     parts = stored_parts(weights, {name: total.t() if turned else total})
