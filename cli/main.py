@@ -21,6 +21,8 @@ from surgeon.errors import SurgeonError, UsageError, nearest
 COMMANDS: dict[str, str] = {
     "plan": "surgeon.cli.plan",
     "apply": "surgeon.cli.apply",
+    "generate": "surgeon.cli.generate",
+    "chat": "surgeon.cli.chat",
     "merge": "surgeon.cli.merge",
     "verify": "surgeon.cli.verify",
     "passes": "surgeon.cli.passes",

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
-from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin, PreTrainedModel, TextStreamer
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
@@ -37,6 +37,35 @@ def cached_graph(graph: Graph, phase: str = "both") -> Graph | None:
         except UnsupportedError:
             known[phase] = None
     return known[phase]
+
+
+def complete(loaded: GraphModule, tokenizer: Any, prompts: Sequence[str], **options: Any) -> list[str]:
+    """The continuation of each prompt, generated together; `options` are those of `generate`.
+
+    Raises:
+        UsageError: there is no tokenizer, or a prompt has no token.
+    """
+    tokenizer = _for_generation(tokenizer, loaded.graph)
+    encoded = tokenizer(list(prompts), return_tensors="pt", padding=len(prompts) > 1, padding_side="left")
+    if encoded["input_ids"].shape[1] == 0:
+        raise UsageError("the prompt is empty", "--prompt", "give it some text")
+    start = 0 if loaded.graph.task == "seq2seq-lm" else encoded["input_ids"].shape[1]
+    model = generator(loaded)
+    given = {name: value.to(model.device) for name, value in encoded.items() if name in ("input_ids", "attention_mask")}
+    made = model.generate(**given, tokenizer=tokenizer, **{"pad_token_id": tokenizer.pad_token_id, **options})
+    texts: list[str] = tokenizer.batch_decode(made[:, start:], skip_special_tokens=True)
+    return texts
+
+
+def _for_generation(tokenizer: Any, graph: Graph) -> Any:
+    """The tokenizer with a pad token: its own, or the end of text, which a mask hides anyway."""
+    if tokenizer is None:
+        raise UsageError("there is no tokenizer", graph.source or graph.config.model_type, "put tokenizer.json beside it")
+    if tokenizer.pad_token_id is not None:
+        return tokenizer
+    padded = copy.deepcopy(tokenizer)
+    padded.pad_token = padded.eos_token if padded.eos_token is not None else padded.convert_ids_to_tokens(0)
+    return padded
 
 
 def generator(loaded: GraphModule) -> Generator:
@@ -65,6 +94,7 @@ class Generator(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     def __init__(self, loaded: GraphModule, *phases: str) -> None:
         config = copy.deepcopy(loaded.graph.config)
+        config._attn_implementation = config._experts_implementation = "eager"  # the graph has its own
         super().__init__(config)
         self.generation_config = _generation_config(loaded.graph)
         graphs = [cached_graph(loaded.graph, phase) for phase in phases]
