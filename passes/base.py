@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
     from surgeon.edit import Edit
     from surgeon.graph import Graph
-    from surgeon.normal import Base, Normal
+    from surgeon.normal import Base, Columns, Normal
     from surgeon.sites import Site
 
 # The names of site kinds, repeated here so that pass files need not import torch; surgeon.sites has their meaning.
-LINEAR, CONV1D, EMBEDDING, ATTENTION = "linear", "conv1d", "embedding", "attention"
+LINEAR, CONV1D, EMBEDDING, ATTENTION, EXPERTS = "linear", "conv1d", "embedding", "attention", "experts"
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,10 @@ class Pass:
 
 @dataclass(frozen=True)
 class Adapter(Pass):
-    """A pass that adds something trainable at linears and has a normal form there.
+    """A pass that adds something trainable and has a normal form: `normal` at weights, `columns` at attentions.
+
+    Stacked at one site, the later is the outer: it sees the layer as the earlier ones leave it, in the graph (`edit.y`,
+    `edit.feed`) and in the normal form (`Base`).
 
     Options:
         targets: which modules, see `surgeon.select`.
@@ -143,10 +146,15 @@ class Adapter(Pass):
     Class attributes:
         peft_type: PEFT's name of the method, "" where PEFT has none.
         peft_bias: PEFT's word for `bias="sites"`.
+        changes_bias: whether its normal form has a bias at layers that have one.
+        reads_weight: whether what it inserts reads the layer's weight (a norm of it), so that nothing may change that
+            weight below it: applied over another adapter it is refused.
     """
 
     peft_type: ClassVar[str] = ""
     peft_bias: ClassVar[str] = ""
+    changes_bias: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = False
     targets: str = "*.{q,v}_proj"
     exclude: str = ""
     modules_to_save: str = ""
@@ -184,6 +192,10 @@ class Adapter(Pass):
     def normal(self, params: Mapping[str, torch.Tensor], site: Site, base: Base) -> Normal:
         """The trained adapter at one site in normal form; `params` by the names given to `edit.param`."""
         raise UsageError(f"{self.name} has no normal form", site.path)
+
+    def columns(self, params: Mapping[str, torch.Tensor], site: Site) -> Columns:
+        """The trained K/V columns at one attention."""
+        raise UsageError(f"{self.name} has no columns", site.path)
 
     def finish(self, graph: Graph, owner: str) -> None:
         """The modules and biases that train whole."""

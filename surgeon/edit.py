@@ -17,8 +17,8 @@ from torch import fx
 
 from surgeon import wiring
 from surgeon.errors import UnsupportedError
-from surgeon.graph import Graph, Tag, TensorSpec, path_of
-from surgeon.sites import Site, _weights
+from surgeon.graph import Graph, Tag, TensorSpec, path_of, tag
+from surgeon.sites import Site, _weights, input_position, source_of
 
 aten = torch.ops.aten
 Init = str | Callable[[], torch.Tensor]
@@ -80,8 +80,27 @@ class Edit:
     @property
     def x(self) -> fx.Node:
         """The site's input (token ids, for an embedding)."""
-        position = {aten.addmm.default: 1, aten.embedding.default: 1}.get(self.node.target, 0)
-        return self.node.args[position]  # type: ignore[return-value]
+        return self.argument(input_position(self.node))
+
+    def argument(self, position: int) -> fx.Node:
+        """An argument of the site's node as the model gives it, below what passes feed the site in its place."""
+        found: Any = self.node.args[position]
+        while (mark := tag(found)) and mark.input and mark.site == self.node.name:
+            found = source_of(found)
+        return found  # type: ignore[no-any-return]
+
+    @property
+    def below(self) -> str:
+        """The id of the last pass that changed what the site returns or reads, "" for none."""
+        returned, read = (tag(node) for node in (self.y, self.node.args[input_position(self.node)]))  # type: ignore[arg-type]
+        if returned is not None and self.y is not self.node:
+            return returned.owner
+        return read.owner if read is not None and read.input and read.site == self.node.name else ""
+
+    @property
+    def bias(self) -> fx.Node | None:
+        """The site's own bias."""
+        return _weights(self.node)[2]
 
     @property
     def weight(self) -> fx.Node:
@@ -92,8 +111,8 @@ class Edit:
         return weight
 
     def param(self, name: str, shape: tuple[int, ...], init: Init, *, trainable: bool = True) -> fx.Node:
-        """A tensor of this site: `<site>.<pass id>.<name>` in every layer that shares the graph."""
-        local = f"{self.site.path}.{self.owner}.{name}"
+        """A tensor of this site (see `Site.tensor` for its name) in every layer that shares the graph."""
+        local = self.site.tensor(self.owner, name)
         prefix = f"{self.site.layer}." if self.site.layer else ""
         relative = local.removeprefix(prefix)
         for path in self.paths:
@@ -197,9 +216,35 @@ class Edit:
         self.y = node
 
     def feed(self, node: fx.Node) -> None:
-        """The site itself now reads `node` in place of its input (which folding restores)."""
-        self.node.meta.setdefault("fed", self.x)
-        self.node.replace_input_with(self.x, node)
+        """The site, and what passes wrote there, now read `node` in place of what it was made from.
+
+        That is `x` for `feed(mul(x, u))`, or another argument of the site's node (the keys of an attention). Passes are
+        functions of functions: the later one is the outer one, so what the earlier ones compute sees its input too.
+        """
+        node.meta["surgeon"] = Tag(self.owner, self.node.name, input=True)
+        source, made = source_of(node), self._made_for(node)
+        readers = [user for user in source.users if user not in made and (user is self.node or self._is_here(user))]
+        position = {other: number for number, other in enumerate(self.part.nodes)}
+        first = min(readers, key=position.__getitem__)
+        for other in sorted(made, key=position.__getitem__):
+            first.prepend(other)
+        for user in readers:
+            user.replace_input_with(source, node)
+        self._cursor = self.y
+
+    def _made_for(self, node: fx.Node) -> set[fx.Node]:
+        """The node and what this pass wrote at this site to make it."""
+        made, pending = set(), [node]
+        while pending:
+            current = pending.pop()
+            if self._is_here(current, self.owner) and current.op != "placeholder" and current not in made:
+                made.add(current)
+                pending += current.all_input_nodes
+        return made
+
+    def _is_here(self, node: fx.Node, owner: str = "") -> bool:
+        mark = tag(node)
+        return mark is not None and mark.site == self.node.name and mark.owner == (owner or mark.owner)
 
     def _register(self, full: str, shape: tuple[int, ...], init: Init, trainable: bool) -> None:
         self.graph.tensors[full] = TensorSpec(shape, trainable=trainable, owner=self.owner, parameter=trainable)

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from surgeon.errors import UnsupportedError, UsageError
+from surgeon.errors import SurgeonError, UnsupportedError, UsageError
 from surgeon.graph import Graph, Tag, copied, structure, sweep, tag
-from surgeon.normal import Base, Normal
+from surgeon.normal import Base, Columns, Normal
 from surgeon.passes.base import Adapter
 from surgeon.run import owners
-from surgeon.sites import CONV1D, EMBEDDING, Site, sites
-
-TRANSPOSED = (CONV1D, EMBEDDING)
+from surgeon.sites import Site, sites, source_of
 
 
 @dataclass(frozen=True)
@@ -40,12 +38,39 @@ class Fold:
     params: Mapping[str, Callable[[], torch.Tensor]]
 
     def normal(self, base: Base) -> Normal:
-        """The normal form; `base` is the layer as the adapters below this one leave it."""
-        return self.step.normal({name: read() for name, read in self.params.items()}, self.site, base)
+        """The normal form; `base` is the layer as the adapters below this one leave it.
+
+        Raises:
+            SurgeonError: it changes the bias, and its pass had not said so.
+            UnsupportedError: it needs a bias, and the layer has none to hold it.
+        """
+        normal = self.step.normal(self.tensors(), self.site, base)
+        if normal.bias is not None and not self.step.changes_bias:
+            raise SurgeonError(f"{self.step.name} changes a bias and does not say so", self.site.path)
+        if normal.bias is not None and not self.site.bias:
+            raise UnsupportedError(f"{self.step.name} needs a bias, and the layer has none to hold it", self.site.path)
+        return normal
+
+    def columns(self) -> Columns:
+        """The learned K/V columns, for an attention."""
+        return self.step.columns(self.tensors(), self.site)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its tensors, read."""
+        return {name: read() for name, read in self.params.items()}
 
 
 def folds(graph: Graph) -> list[Fold]:
-    """Every adapter of the graph, in the order they were applied, layer by layer."""
+    """Every adapter that can fold into a weight, in the order they were applied, layer by layer."""
+    return [item for item in _adapters(graph) if item.site.weight]
+
+
+def columns(graph: Graph) -> list[Fold]:
+    """Every adapter that adds K/V columns to an attention: no weight can hold them, they stay an adapter."""
+    return [item for item in _adapters(graph) if not item.site.weight]
+
+
+def _adapters(graph: Graph) -> list[Fold]:
     passes = {owner: step for owner, step in owners(graph.applied).items() if isinstance(step, Adapter)}
     at = {(site.layer, site.node): site for site in sites(graph)}
     found: dict[tuple[str, str], Fold] = {}
@@ -65,7 +90,7 @@ def folds(graph: Graph) -> list[Fold]:
 
 
 def _params(graph: Graph, site: Site, owner: str) -> dict[str, Callable[[], torch.Tensor]]:
-    own, shared = f"{site.path}.{owner}.", f"{owner}."
+    own, shared = site.tensor(owner, ""), f"{owner}."
     return {
         name.removeprefix(prefix): graph.inserted[name]
         for prefix in (shared, own)
@@ -106,14 +131,44 @@ def untied(graph: Graph, groups: Mapping[str, list[Fold]]) -> dict[str, str]:
     return {alias: name for alias, name in graph.ties.items() if alias in groups or name in groups}
 
 
-def merged(weight: torch.Tensor, found: list[Fold], bias: Callable[[], torch.Tensor | None]) -> torch.Tensor:
-    """A stored weight with adapters folded in, in order, in fp32 and in the orientation it is stored in."""
-    turned = found[0].site.kind in TRANSPOSED
-    result = (weight.t() if turned else weight).float() if weight.dtype != torch.float64 else weight
+def by_bias(graph: Graph, found: list[Fold]) -> dict[str, list[Fold]]:
+    """Full name of a bias → every adapter of its layer, where one of them changes the bias.
+
+    Raises:
+        UnsupportedError: two layers read this bias.
+    """
+    readers: dict[str, set[str]] = {}
+    for site in sites(graph):
+        readers.setdefault(site.bias, set()).add(site.path)
+    names = dict.fromkeys(item.site.bias for item in found if item.step.changes_bias and item.site.bias)
+    for name in names:
+        if len(readers[name]) > 1:
+            raise UnsupportedError(f"{sorted(readers[name])} share a bias", name, "leave one of them out with --exclude")
+    return {name: [item for item in found if item.site.bias == name] for name in names}
+
+
+def normals(
+    found: list[Fold], weight: Callable[[], torch.Tensor], bias: Callable[[], torch.Tensor | None]
+) -> list[Normal]:
+    """The normal forms of the adapters of one layer, each over what those before it make of its W `[out, in]` and bias."""
+    made: list[Normal] = []
     for item in found:
-        below = result
-        result = item.normal(Base(lambda w=below: w, bias)).merged(below)  # type: ignore[misc]
-    return result.t() if turned else result
+        below = list(made)
+        base = Base(lambda n=below: stacked(weight(), n), lambda n=below: _stacked_bias(bias, n))  # type: ignore[misc]
+        made.append(item.normal(base))
+    return made
+
+
+def stacked(weight: torch.Tensor, below: list[Normal]) -> torch.Tensor:
+    """W `[out, in]` with adapters folded in, in order."""
+    for normal in below:
+        weight = normal.merged(weight)
+    return weight
+
+
+def _stacked_bias(bias: Callable[[], torch.Tensor | None], below: list[Normal]) -> torch.Tensor | None:
+    last = next((normal.bias for normal in reversed(below) if normal.bias is not None), None)
+    return bias() if last is None else last
 
 
 class MergedValues(Mapping[str, torch.Tensor]):
@@ -121,14 +176,28 @@ class MergedValues(Mapping[str, torch.Tensor]):
 
     def __init__(self, graph: Graph, groups: dict[str, list[Fold]], broken: dict[str, str]) -> None:
         self._graph, self._groups, self._broken = graph, groups, broken
+        self._biases = by_bias(graph, [item for group in groups.values() for item in group])
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        weight = self._graph.values[self._broken.get(name, name)]
-        found = self._groups.get(name)
-        return merged(weight, found, self._bias(found[0].site)).to(weight.dtype) if found else weight
+        stored = value_of(self._graph, self._broken.get(name, name))
+        if name in self._biases:
+            changed = _stacked_bias(lambda: None, self._normals(name, self._biases[name]))
+            return stored if changed is None else changed.to(stored.dtype)
+        if name not in self._groups:
+            return stored
+        group = self._groups[name]
+        result = stacked(oriented(_wide(stored), group), self._normals(name, group))
+        return oriented(result, group).to(stored.dtype)
 
-    def _bias(self, site: Site) -> Callable[[], torch.Tensor | None]:
-        return lambda: self._graph.values[site.bias] if site.bias else None
+    def _normals(self, name: str, group: list[Fold]) -> list[Normal]:
+        site = group[0].site
+        weight = site.weight if name == site.bias else self._broken.get(name, name)
+        bias = site.bias
+        return normals(
+            group,
+            lambda: oriented(_wide(value_of(self._graph, weight)), group),
+            lambda: value_of(self._graph, bias) if bias else None,
+        )
 
     def __iter__(self) -> Iterator[str]:
         yield from self._graph.values
@@ -141,11 +210,25 @@ class MergedValues(Mapping[str, torch.Tensor]):
         return name in self._graph.values or name in self._broken
 
 
+def oriented(weight: torch.Tensor, group: list[Fold]) -> torch.Tensor:
+    """A stored weight as `[out, in]`, or that as it is stored: the same turn both ways."""
+    return weight.transpose(-1, -2) if group[0].site.transposed else weight
+
+
+def _wide(weight: torch.Tensor) -> torch.Tensor:
+    return weight if weight.dtype == torch.float64 else weight.float()
+
+
+def value_of(graph: Graph, name: str) -> torch.Tensor:
+    """The value of a tensor of the base: its trained one, if it trained itself."""
+    return graph.inserted[name]() if name in graph.inserted else graph.values[name]
+
+
 def fold(graph: Graph) -> Graph:
     """A graph without its adapters whose weights compute what they computed.
 
     Raises:
-        UsageError: the graph has no adapter.
+        UsageError: the graph has no adapter that folds into a weight.
     """
     found = folds(graph)
     if not found:
@@ -154,6 +237,8 @@ def fold(graph: Graph) -> Graph:
     broken = untied(graph, groups)
     gone = {item.owner for item in found}
     result = without(graph, gone)
+    for name in by_bias(graph, found):
+        result.inserted.pop(name, None)
     for alias, name in broken.items():
         result.tensors[alias] = graph.tensors[name]
         result.ties.pop(alias)
@@ -192,15 +277,14 @@ def _shared_again(graph: Graph, known: dict[int, fx.Graph]) -> dict[str, fx.Grap
 def _stripped(part: fx.Graph, gone: set[str]) -> fx.Graph:
     if not any(mark.owner in gone for node in part.nodes if (mark := tag(node))):
         return part
-    fresh, mapping = copied(part)
+    fresh, _ = copied(part)
     names = {node.name: node for node in fresh.nodes}
     for node in list(fresh.nodes):
         mark = tag(node)
         if mark and mark.output and mark.owner in gone:
             node.replace_all_uses_with(_below(fresh, names[mark.site], node, gone))
-        fed = node.meta.pop("fed", None)
-        if fed is not None:
-            node.replace_input_with(_input_of(node), mapping.get(fed, fed))
+        if mark and mark.input and mark.owner in gone:
+            node.replace_all_uses_with(source_of(node))
     sweep(fresh)
     return fresh
 
@@ -215,11 +299,6 @@ def _below(part: fx.Graph, base: fx.Node, output: fx.Node, gone: set[str]) -> fx
         if isinstance(mark, Tag) and mark.output and mark.site == base.name and mark.owner not in gone:
             current = node
     return current
-
-
-def _input_of(node: fx.Node) -> fx.Node:
-    position = 1 if node.target in (torch.ops.aten.addmm.default, torch.ops.aten.embedding.default) else 0
-    return node.args[position]  # type: ignore[return-value]
 
 
 def _drop_unused_inputs(graph: Graph) -> None:

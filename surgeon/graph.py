@@ -52,11 +52,19 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Tag:
-    """Who inserted a node: the pass's id, the node of the site it was inserted at, and whether it replaced the output."""
+    """Who inserted a node.
+
+    Attributes:
+        owner: the pass's id.
+        site: name of the node of the site it was inserted at.
+        output: whether it stands for what that node returns.
+        input: whether it stands for what that node reads.
+    """
 
     owner: str
     site: str
     output: bool = False
+    input: bool = False
 
 
 @dataclass
@@ -94,9 +102,7 @@ class Graph:
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the trunk's inputs, in order."""
-        return tuple(
-            str(node.meta.get(INPUT, node.target)) for node in self.trunk.nodes if node.op == "placeholder"
-        )
+        return tuple(str(node.meta.get(INPUT, node.target)) for node in self.trunk.nodes if node.op == "placeholder")
 
     def groups(self) -> list[tuple[fx.Graph, list[str]]]:
         """Every distinct layer graph with the paths of the layers that share it, in the order of the layers."""

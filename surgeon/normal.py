@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -31,15 +32,18 @@ class Base:
 
 @dataclass(frozen=True)
 class Normal:
-    """One adapter at one linear, in normal form.
+    """One adapter at one linear, in normal form, over the layer as the adapters below it leave it.
+
+    Experts have one more axis in front of everything: a `[experts, r, in]`, b `[experts, out, r]`, u `[experts, in]`,
+    s and bias `[experts, out]`.
 
     Attributes:
         scale: kept apart from `b`: (b @ a) · scale is PEFT's order, and folding it first changes the last bit.
-        a: `[r, in]`, or `[r, in / group]`; experts `[experts, r, in]`. None for none.
-        b: `[out, r]`; experts `[experts, out, r]`.
+        a: `[r, in]`, or `[r, in / group]`. None for none.
+        b: `[out, r]`.
         u: factor on the input `[in]`.
         s: factor on the output before the bias `[out]`.
-        bias: the bias `[out]` in place of the base's; None keeps the base's.
+        bias: the bias `[out]` in place of the base's; None keeps the base's. Only passes that say `changes_bias` have it.
         group: number of consecutive inputs that are summed into one (QA-LoRA); 1 for none.
     """
 
@@ -65,7 +69,7 @@ class Normal:
         if delta is not None:
             result = delta.to(result.dtype).add_(result)
         if self.u is not None:
-            result = result * self.u.to(result.dtype)
+            result = result * self.u.to(result.dtype)[..., None, :]
         if self.s is not None:
             result = result * self.s.to(result.dtype)[..., None]
         return result
@@ -73,13 +77,20 @@ class Normal:
     def outputs(self, rows: slice) -> Normal:
         """The adapter of some of the outputs."""
         b = None if self.b is None else self.b[..., rows, :]
-        return dataclasses.replace(self, b=b, s=None if self.s is None else self.s[rows])
+        s, bias = (None if vector is None else vector[..., rows] for vector in (self.s, self.bias))
+        return dataclasses.replace(self, b=b, s=s, bias=bias)
 
     def inputs(self, columns: slice) -> Normal:
         """The adapter of some of the inputs (of a whole number of groups)."""
         a = self.a if self.a is None or self.group == 1 else self.a.repeat_interleave(self.group, -1)
-        u = None if self.u is None else self.u[columns]
+        u = None if self.u is None else self.u[..., columns]
         return dataclasses.replace(self, a=None if a is None else a[..., columns], u=u, group=1)
+
+    def experts(self, chosen: slice) -> Normal:
+        """The adapter of some of the experts."""
+        names = ("a", "b", "u", "s", "bias")
+        held: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return dataclasses.replace(self, **{name: v if v is None else v[chosen] for name, v in held.items()})
 
 
 @dataclass(frozen=True)

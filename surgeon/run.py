@@ -11,7 +11,7 @@ from surgeon import spec
 from surgeon.edit import Edit
 from surgeon.errors import UnsupportedError, UsageError
 from surgeon.graph import Graph, copied
-from surgeon.passes.base import Pass, Skip
+from surgeon.passes.base import Adapter, Pass, Skip
 from surgeon.sites import Site
 
 
@@ -63,8 +63,14 @@ def _apply_one(graph: Graph, step: Pass, seed: int) -> Graph:
     result.trunk = copied(graph.trunk)[0]
     for part, paths, group in _groups(result, step, chosen):
         for site in group:
-            resolved = step.at(site)
-            resolved.rewrite(Edit(result, part, paths, owner, site, seed), site)
+            resolved, edit = step.at(site), Edit(result, part, paths, owner, site, seed)
+            if isinstance(step, Adapter) and step.reads_weight and edit.below:
+                raise UnsupportedError(
+                    f"{step.name} reads the weight of a layer that another adapter has changed",
+                    f"{site.path}, by {edit.below}",
+                    f"apply {step.name} first, or merge the other into the base",
+                )
+            resolved.rewrite(edit, site)
         for path in paths:
             if path:
                 result.layers[path] = part

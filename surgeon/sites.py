@@ -1,4 +1,4 @@
-"""The places of a graph that passes work on: linears, embeddings, attentions, each with its module path."""
+"""The places of a graph that passes work on: linears, embeddings, experts, attentions, each with its module path."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from surgeon.errors import SurgeonError
 from surgeon.graph import Graph, path_of, tag
 
 aten = torch.ops.aten
-LINEAR, CONV1D, EMBEDDING, ATTENTION = "linear", "conv1d", "embedding", "attention"
+LINEAR, CONV1D, EMBEDDING, ATTENTION, EXPERTS = "linear", "conv1d", "embedding", "attention", "experts"
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,16 @@ class Site:
 
     Attributes:
         path: full module path (`model.layers.3.self_attn.q_proj`).
-        kind: LINEAR (`[out, in]`), CONV1D (Hugging Face's transposed `[in, out]`), EMBEDDING (`[vocab, out]`), ATTENTION.
+        kind: LINEAR (`[out, in]`), CONV1D (Hugging Face's transposed `[in, out]`), EMBEDDING (`[vocab, out]`),
+            EXPERTS (the matrices of a layer's experts in one tensor, `[experts, out, in]`), ATTENTION.
         layer: path of the layer it lies in, "" for the trunk.
         node: name of the node in that layer's graph.
         weight: full name of the weight it reads, "" for attentions; tied weights by the name they are stored under.
         bias: full name of the bias, or "".
         inp: size of its input; rows of the table for an embedding.
         out: size of its output.
+        experts: number of experts, 0 for other kinds.
+        transposed: whether the weight is stored input first.
     """
 
     path: str
@@ -37,6 +41,18 @@ class Site:
     bias: str = ""
     inp: int = 0
     out: int = 0
+    experts: int = 0
+    transposed: bool = False
+
+    def tensor(self, owner: str, name: str) -> str:
+        """Full name of what a pass inserts here: `<path>.<owner>.<name>`.
+
+        Experts are a parameter and not a module, so theirs stands beside it: `<module>.<owner>.<parameter>.<name>`.
+        """
+        if self.kind != EXPERTS:
+            return f"{self.path}.{owner}.{name}"
+        module, _, leaf = self.path.rpartition(".")
+        return f"{module}.{owner}.{leaf}.{name}"
 
 
 def sites(graph: Graph, *kinds: str) -> list[Site]:
@@ -64,12 +80,14 @@ def _site(graph: Graph, node: fx.Node, prefix: str) -> Site | None:
     if kind is None or weight is None:
         return None
     name, other = prefix + str(weight.target), "" if bias is None else prefix + str(bias.target)
-    shape = tuple(weight.meta["val"].shape)
-    if kind == LINEAR:
-        out, inp = shape
-    else:
-        inp, out = shape
-    return Site(_path(node, name, prefix), kind, layer, node.name, graph.resolve(name), other, inp, out)
+    *experts, out, inp = tuple(weight.meta["val"].shape)
+    transposed = kind in (CONV1D, EMBEDDING) or bool(node.kwargs.get("transposed"))
+    if transposed:
+        out, inp = inp, out
+    return Site(
+        _path(node, name, prefix), kind, layer, node.name, graph.resolve(name), other, inp, out,
+        experts[0] if experts else 0, transposed,
+    )  # fmt: skip
 
 
 def _weights(node: fx.Node) -> tuple[str | None, fx.Node | None, fx.Node | None]:
@@ -80,15 +98,38 @@ def _weights(node: fx.Node) -> tuple[str | None, fx.Node | None, fx.Node | None]
         kind, weight, bias = CONV1D, node.args[2], node.args[0]
     elif node.target is aten.embedding.default:
         kind, weight, bias = EMBEDDING, node.args[0], None
+    elif node.target is torch.ops.surgeon.expert_linear.default:
+        kind, weight, bias = EXPERTS, node.args[1], node.args[3] if len(node.args) > 3 else None
     else:
         return None, None, None
-    if not _is_tensor_of_model(weight) or not (bias is None or _is_tensor_of_model(bias)):
+    axes = 3 if kind == EXPERTS else 2
+    if not _is_tensor_of_model(weight, axes) or not (bias is None or _is_tensor_of_model(bias, axes)):
         return None, None, None
-    return kind, weight, bias  # type: ignore[return-value]
+    return kind, weight, bias
 
 
-def _is_tensor_of_model(node: object) -> bool:
-    return isinstance(node, fx.Node) and node.op == "get_attr" and len(node.meta["val"].shape) <= 2
+def _is_tensor_of_model(node: object, axes: int) -> bool:
+    return isinstance(node, fx.Node) and node.op == "get_attr" and len(node.meta["val"].shape) <= axes
+
+
+def input_position(node: fx.Node) -> int:
+    """Which argument of a site's node is its input."""
+    return 1 if node.target in (aten.addmm.default, aten.embedding.default) else 0
+
+
+def source_of(fed: fx.Node) -> fx.Node:
+    """What a node that stands for a site's input was made from: the first thing its pass did not write there."""
+    mark = tag(fed)
+    pending = [fed]
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            found = tag(source)
+            if found is not None and mark is not None and (found.owner, found.site) == (mark.owner, mark.site):
+                if source.op == "call_function":
+                    pending.append(source)
+            elif source.op != "get_attr" and not (source.op == "placeholder" and found is not None):
+                return source
+    raise SurgeonError(f"{fed.name} is made from nothing", path_of(fed))
 
 
 def _path(node: fx.Node, weight: str, prefix: str) -> str:

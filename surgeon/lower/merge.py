@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from surgeon.errors import UnsupportedError
-from surgeon.fold import TRANSPOSED, Fold, by_weight, fold, folds, untied
+from surgeon.fold import Fold, by_bias, by_weight, fold, folds, normals, oriented, stacked, untied, value_of
 from surgeon.graph import Graph
 from surgeon.lower.hf import Derived, MergeReport, write_merged
 from surgeon.lower.stream import Delta, WholeDelta
-from surgeon.normal import Base, Normal
+from surgeon.normal import Normal
 from surgeon.source import Source, Values, open_graph, open_source
 from surgeon.unconvert import stored_parts
 from surgeon.verification import Comparison, compare, make_probes
@@ -105,15 +105,14 @@ def changes(
     deltas: dict[str, Delta] = {}
     extra: dict[str, torch.Tensor | Derived] = {}
     for name, group in groups.items():
-        normals = [item.normal(_base(graph, broken.get(name, name), item)) for item in group]
-        turned = group[0].site.kind in TRANSPOSED
+        found = _normals(graph, group, broken.get(name, name))
         stored = weights.direct(broken.get(name, name))
         if stored is None:
-            deltas.update(_converted(weights, name, normals, turned, source))
+            deltas.update(_converted(weights, name, found, group, source))
         elif name in broken:
-            extra[name] = Derived(stored, _rows(normals, turned))
+            extra[name] = Derived(stored, _rows(found, group))
         else:
-            deltas[stored] = _rows(normals, turned)
+            deltas[stored] = _rows(found, group)
     for alias, name in broken.items():
         if alias not in extra:
             extra[alias] = Derived(weights.direct(name) or name)
@@ -121,13 +120,13 @@ def changes(
 
 
 def replaced(graph: Graph, source: Source) -> dict[str, Delta]:
-    """Tensors of the base that were trained themselves, by their stored names."""
+    """Tensors of the base that were trained themselves, and biases that adapters change, by their stored names."""
     weights = _weights(graph)
     found: dict[str, Delta] = {}
-    for name, read in graph.inserted.items():
-        if name in graph.values and weights.sources(name):
-            for stored, value in stored_parts(weights, {name: read()}).items():
-                found[stored] = WholeDelta(lambda _, v=value: v.float())  # type: ignore[misc]
+    trained = {name: read() for name, read in graph.inserted.items() if name in graph.values and weights.sources(name)}
+    for name, tensor in {**trained, **biases(graph)}.items():
+        for stored, value in stored_parts(weights, {name: tensor}).items():
+            found[stored] = WholeDelta(lambda _, v=value: v.float())  # type: ignore[misc]
     return found
 
 
@@ -137,39 +136,46 @@ def _weights(graph: Graph) -> ModelWeights:
     return graph.values.weights
 
 
-def _base(graph: Graph, name: str, item: Fold) -> Base:
-    turned = item.site.kind in TRANSPOSED
+def _normals(graph: Graph, group: list[Fold], name: str) -> list[Normal]:
+    """The normal forms of the adapters of the weight `name`."""
+    site = group[0].site
+    return normals(
+        group,
+        lambda: oriented(graph.values[name].float(), group),
+        lambda: value_of(graph, site.bias) if site.bias else None,
+    )
 
-    def weight() -> torch.Tensor:
-        value = graph.values[name].float()
-        return value.t() if turned else value
 
-    return Base(weight, lambda: graph.values[item.site.bias] if item.site.bias else None)
-
-
-def _rows(normals: list[Normal], turned: bool) -> Delta:
-    """The change of rows of a stored tensor; rows are outputs, or inputs where it is stored transposed."""
+def _rows(found: list[Normal], group: list[Fold]) -> Delta:
+    """The change of rows of a stored tensor; rows are experts, or outputs, or inputs where it is stored transposed."""
+    site = group[0].site
 
     def delta(weight: torch.Tensor, rows: slice) -> torch.Tensor:
-        if turned:
-            return _folded(weight.t(), [normal.inputs(rows) for normal in normals]).t()
-        return _folded(weight, [normal.outputs(rows) for normal in normals])
+        if site.experts:
+            parts = [normal.experts(rows) for normal in found]
+        else:
+            parts = [normal.inputs(rows) if site.transposed else normal.outputs(rows) for normal in found]
+        return oriented(stacked(oriented(weight, group), parts), group)
 
     return delta
 
 
-def _folded(weight: torch.Tensor, normals: list[Normal]) -> torch.Tensor:
-    for normal in normals:
-        weight = normal.merged(weight)
-    return weight
+def biases(graph: Graph) -> dict[str, torch.Tensor]:
+    """The biases that adapters change, in fp32, by their names in the model."""
+    changed: dict[str, torch.Tensor] = {}
+    for name, group in by_bias(graph, folds(graph)).items():
+        for normal in _normals(graph, group, group[0].site.weight):
+            if normal.bias is not None:
+                changed[name] = normal.bias.float()
+    return changed
 
 
 def _converted(
-    weights: ModelWeights, name: str, normals: list[Normal], turned: bool, source: Source
+    weights: ModelWeights, name: str, found: list[Normal], group: list[Fold], source: Source
 ) -> dict[str, Delta]:
     """The change of a weight that is stored in parts: the parts of its change."""
     total = None
-    for normal in normals:
+    for normal in found:
         delta = normal.delta()
         if delta is None or normal.u is not None or normal.s is not None:
             raise UnsupportedError(
@@ -179,7 +185,7 @@ def _converted(
             )
         total = delta if total is None else total + delta
     assert total is not None
-    parts = stored_parts(weights, {name: total.t() if turned else total})
+    parts = stored_parts(weights, {name: oriented(total, group)})
     return {stored: WholeDelta(lambda weight, d=part: weight + d) for stored, part in parts.items()}  # type: ignore[misc]
 
 
