@@ -1,0 +1,108 @@
+"""The lowered parts as one ONNX model: layers stamped out, the trunk joined to them, tensors attached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+import torch
+
+OPSET = 21
+"""INT4 DequantizeLinear is standard from here on, and every current runtime reads it."""
+_DTYPES = {
+    torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.int64: ir.DataType.INT64,
+    torch.int32: ir.DataType.INT32, torch.bool: ir.DataType.BOOL, torch.float64: ir.DataType.DOUBLE,
+    torch.int8: ir.DataType.INT8, torch.uint8: ir.DataType.UINT8, torch.bfloat16: ir.DataType.BFLOAT16,
+}  # fmt: skip
+Shape = Sequence[int | str]
+
+
+@dataclass
+class Joined:
+    """An ONNX model while it is put together.
+
+    Attributes:
+        nodes: of all parts, in any order.
+        tensors: the model's tensors by their Hugging Face names, and the parts' small constants.
+        read: how a tensor is read when the file is written: (shape, dtype, function), by name.
+    """
+
+    read: Callable[[str], tuple[tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]]
+    nodes: list[ir.Node] = field(default_factory=list)
+    tensors: dict[str, ir.Value] = field(default_factory=dict)
+
+    def tensor(self, name: str) -> ir.Value:
+        """The initialiser of a tensor; one however many parts read it."""
+        if name not in self.tensors:
+            shape, dtype, value = self.read(name)
+            kind = _DTYPES[dtype]
+            size = ir.Shape(shape)
+            lazy = ir.LazyTensor(lambda: ir.tensor(value().numpy(), name=name), dtype=kind, shape=size, name=name)
+            self.tensors[name] = ir.Value(name=name, shape=size, type=ir.TensorType(kind), const_value=lazy)
+        return self.tensors[name]
+
+    def stamp(self, model: ir.Model, prefix: str, values: Mapping[int, ir.Value]) -> list[ir.Value]:
+        """Add a copy of a part's nodes that reads `values` for its inputs, by position; returns its outputs."""
+        graph = model.graph.clone()
+        for name, value in list(graph.initializers.items()):
+            del graph.initializers[name]
+            value.name = f"{prefix}{name}"
+            self.tensors[value.name] = value
+        nodes = list(graph)
+        for node in nodes:
+            node.name = f"{prefix}{node.name}"
+            for made in node.outputs:
+                made.name, made.shape = f"{prefix}{made.name}", None
+        outputs = list(graph.outputs)
+        graph.outputs.clear()
+        for given in list(graph.inputs):
+            position = int(str(given.name).removeprefix("in_"))
+            if position in values:
+                outputs = [values[position] if value is given else value for value in outputs]
+                given.replace_all_uses_with(values[position])
+        graph.remove(nodes)
+        self.nodes += nodes
+        return outputs
+
+
+def typed(name: str, dtype: torch.dtype, shape: Shape) -> ir.Value:
+    """A value of the model's interface."""
+    return ir.Value(name=name, type=ir.TensorType(_DTYPES[dtype]), shape=ir.Shape(list(shape)))
+
+
+def finish(
+    joined: Joined, inputs: Sequence[ir.Value], results: Sequence[ir.Value], outputs: Sequence[ir.Value]
+) -> ir.Model:
+    """The model: nodes in order, outputs under their names, nothing that tells where it was made."""
+    made: set[str] = set()
+    final: list[ir.Value] = []
+    for value, wanted in zip(results, outputs, strict=True):
+        if value.producer() is None or value.name in made:
+            node = ir.node("Identity", [value])
+            joined.nodes.append(node)
+            value = node.outputs[0]
+        value.name, value.type, value.shape = wanted.name, wanted.type, wanted.shape
+        made.add(str(wanted.name))
+        final.append(value)
+    used = [value for value in joined.tensors.values() if value.uses()]
+    graph = ir.Graph(
+        list(inputs), final, nodes=joined.nodes, initializers=used, opset_imports={"": OPSET}, name="model"
+    )
+    model = ir.Model(graph, ir_version=10, producer_name="surgeon")
+    _strip(model)
+    return model
+
+
+def _strip(model: ir.Model) -> None:
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            value.doc_string = None
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+        value.doc_string = None
+
+

@@ -1,0 +1,168 @@
+"""From a graph to an ONNX model in memory: every distinct layer lowered once, tensors read when the file is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from surgeon.errors import UnsupportedError
+from surgeon.graph import Graph, val
+from surgeon.lower.onnx_join import OPSET, Joined, Shape, finish, typed
+from surgeon.lower.onnx_parts import META, SIZES, Part, Shapes, input_name, lower_part, lowered, segments, turnable
+from surgeon.module import read_tensor
+
+BATCH, NEW, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
+
+
+def build(graph: Graph, dtype: torch.dtype) -> ir.Model:
+    """The ONNX model of a causal language model, with or without K/V cache.
+
+    Args:
+        graph: a graph with values, without adapters.
+        dtype: fp32 or fp16, of the weights and the arithmetic; what the graph does in fp32 stays so.
+
+    Raises:
+        UnsupportedError: a part of the graph has no ONNX form.
+    """
+    turned = turnable(graph)
+    trunk = lowered(graph.trunk, [""], turned, graph, dtype)
+    layers = {
+        id(part): lowered(part, [f"{path}." for path in paths], turned, graph, dtype) for part, paths in graph.groups()
+    }
+    runs = tuple(_run(graph, trunk, layers, turned, dtype, sizes) for sizes in SIZES)
+    models = {}
+    for part, paths in graph.groups():
+        first, second = (run.given[id(part)] for run in runs)
+        models[id(part)] = _lower(layers[id(part)].graph, first, second, paths[0])
+    joined = Joined(lambda name: _stored(graph, name, turned, dtype))
+    inputs = [typed(name, kind, shape) for name, shape, kind in _interface(graph, dtype)]
+    results = _join(graph, joined, trunk, runs, inputs, lambda path: _layer(graph, models, layers, path))
+    return finish(joined, inputs, results, _outputs(graph, trunk, runs[0]))
+
+
+def _layer(
+    graph: Graph, models: dict[int, ir.Model], layers: dict[int, Part], path: str
+) -> tuple[ir.Model, list[str]]:
+    key = id(graph.layers[path])
+    return models[key], [graph.resolve(f"{path}.{name}") for name in layers[key].tensors]
+
+
+def _join(
+    graph: Graph,
+    joined: Joined,
+    trunk: Part,
+    runs: tuple[Shapes, ...],
+    inputs: Sequence[ir.Value],
+    layer: Callable[[str], tuple[ir.Model, list[str]]],
+) -> list[ir.Value]:
+    """Stamp the trunk's segments and the layers in turn; returns the values of the trunk's outputs."""
+    first, second = (run.env for run in runs)
+    numbers = {n: v for n, v in first.items() if isinstance(v, int) and second[n] == v}
+    given = [*inputs, *(joined.tensor(graph.resolve(name)) for name in trunk.tensors)]
+    placeholders = [node for node in trunk.graph.nodes if node.op == "placeholder"]
+    values: dict[fx.Node, ir.Value] = dict(zip(placeholders, given, strict=True))
+    pieces = segments(trunk.graph, numbers)
+
+    def segment(number: int) -> None:
+        if (piece := pieces.get(number)) is None:
+            return
+        examples = (tuple(run[node] for node in piece.inputs) for run in (first, second))
+        model = _lower(piece.graph, *examples, "the trunk")
+        made = joined.stamp(model, f"trunk_{number}/", {i: values[node] for i, node in enumerate(piece.inputs)})
+        values.update(zip(piece.outputs, made, strict=True))
+
+    segment(0)
+    calls = [node for node in trunk.graph.nodes if node.op == "call_module"]
+    for number, call in enumerate(calls, start=1):
+        model, tensors = layer(str(call.target))
+        args = {i: values[n] for i, n in enumerate(call.args) if isinstance(n, fx.Node) and n not in numbers}
+        args.update({i: joined.tensor(name) for i, name in enumerate(tensors, start=len(call.args))})
+        made = joined.stamp(model, f"{call.target}/", args)
+        values.update({user: made[int(user.args[1])] for user in call.users})  # type: ignore[call-overload]
+        segment(number)
+    return [values[node] for node in _results(trunk)]
+
+
+def _results(trunk: Part) -> list[fx.Node]:
+    return list(next(iter(reversed(trunk.graph.nodes))).args[0])  # type: ignore[arg-type]
+
+
+def _run(
+    graph: Graph, trunk: Part, layers: dict[int, Part], turned: set[str], dtype: torch.dtype, sizes: dict[str, int]
+) -> Shapes:
+    def tensors(part: Part, prefix: str) -> list[torch.Tensor]:
+        found = []
+        for name in part.tensors:
+            shape, kind = _described(graph, graph.resolve(prefix + name), turned, dtype)
+            found.append(torch.empty(shape, dtype=kind, device=META))
+        return found
+
+    shapes = Shapes(graph, trunk, layers, tensors)
+    given = [torch.empty(_sized(shape, sizes), dtype=kind, device=META) for _, shape, kind in _interface(graph, dtype)]
+    shapes.run(*given, *tensors(trunk, ""))
+    return shapes
+
+
+def _lower(part: fx.Graph, first: tuple[Any, ...], second: tuple[Any, ...], where: str) -> ir.Model:
+    try:
+        return lower_part(part, first, second, OPSET)
+    except UnsupportedError as error:
+        raise UnsupportedError(error.what, where, error.hint) from error
+
+
+def _interface(graph: Graph, dtype: torch.dtype) -> list[tuple[str, Shape, torch.dtype]]:
+    """Name, shape and dtype of every input of the model."""
+    cached = any(name.startswith("past_key_values.") for name in graph.inputs)
+    found: list[tuple[str, Shape, torch.dtype]] = []
+    for node in graph.trunk.nodes:
+        if node.op != "placeholder":
+            continue
+        name = input_name(node)
+        if name in ("input_ids", "position_ids", "token_type_ids"):
+            found.append((name, (BATCH, NEW), torch.int64))
+        elif name == "attention_mask":
+            found.append((name, (BATCH, TOTAL if cached else NEW), torch.int64))
+        elif name.startswith("past_key_values."):
+            _, heads, _, size = val(node).shape
+            found.append((name, (BATCH, int(heads), PAST, int(size)), dtype))
+        else:
+            raise UnsupportedError(f"the ONNX export has no input named {name}", graph.config.model_type)
+    return found
+
+
+def _sized(shape: Shape, sizes: dict[str, int]) -> list[int]:
+    known = {BATCH: sizes["batch"], NEW: sizes["new"], PAST: sizes["past"], TOTAL: sizes["past"] + sizes["new"]}
+    return [known[size] if isinstance(size, str) else size for size in shape]
+
+
+def _outputs(graph: Graph, trunk: Part, run: Shapes) -> list[ir.Value]:
+    found: list[ir.Value] = []
+    for name, node in zip(graph.outputs, _results(trunk), strict=True):
+        value = run.env[node]
+        if name.startswith("present."):
+            shape: Shape = (BATCH, value.shape[1], TOTAL, value.shape[3])
+        else:
+            shape = (BATCH, NEW, value.shape[2])
+        found.append(typed(name, value.dtype, shape))
+    return found
+
+
+def _described(graph: Graph, name: str, turned: set[str], dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype a tensor is stored with."""
+    spec = graph.tensors[name]
+    shape = tuple(reversed(spec.shape)) if name in turned else spec.shape
+    return shape, spec.dtype or dtype
+
+
+def _stored(graph: Graph, name: str, turned: set[str], dtype: torch.dtype) -> Any:
+    shape, kind = _described(graph, name, turned, dtype)
+
+    def read() -> torch.Tensor:
+        tensor = read_tensor(graph, name, kind, torch.device("cpu")).detach()
+        return (tensor.t() if name in turned else tensor).contiguous()
+
+    return shape, kind, read
