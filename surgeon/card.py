@@ -19,8 +19,8 @@ def render(graph: Graph, record: Manifest) -> str:
     body = [
         f"# {Path(base).name}, adapted",
         "",
-        f"{record.base['model_type']} for {record.task}, from `{base}` (fingerprint `{record.base['fingerprint'][:16]}`), "
-        f"with {trained:,} trained parameters.",
+        f"{record.base['model_type']} for {record.task}, from `{base}` "
+        f"(fingerprint `{record.base['fingerprint'][:16]}`), with {trained:,} trained parameters.",
         "",
         "Applied, in this order:",
         "",
@@ -51,7 +51,7 @@ def _peft(record: Manifest) -> list[str]:
     if not adapters:
         return []
     place = "this/folder" if adapters[0].folder == "." else f"this/folder/{adapters[0].folder}"
-    note = [] if len(adapters) == 1 else ["", "Each adapter is a PEFT adapter of its own; surgeon applies them together."]
+    note = ["", "Each adapter is a PEFT adapter of its own; surgeon applies all of them."] if adapters[1:] else []
     return [
         "",
         "```python",

@@ -21,11 +21,11 @@ from surgeon.graph import Graph, path_of, tag
 from surgeon.passes.base import Adapter
 from surgeon.peft_targets import target_modules
 from surgeon.safetensors_file import header_bytes, read_shard
-from surgeon.sites import EMBEDDING
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 ROOT = "base_model."
 FORMAT_VERSION = "0.21.0"
+AGAIN = "download or save the adapter again"
 TASK_TYPES = {
     "causal-lm": "CAUSAL_LM",
     "seq2seq-lm": "SEQ_2_SEQ_LM",
@@ -50,13 +50,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise UsageError(f"the folder has no {CONFIG}", str(folder), "name a folder that surgeon or PEFT saved an adapter to")
+        raise UsageError(f"the folder has no {CONFIG}", str(folder), "name a folder with an adapter of surgeon or PEFT")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UsageError(f"{CONFIG} is not valid JSON: {error}", str(path), "download or save the adapter again") from error
+        raise UsageError(f"{CONFIG} is not valid JSON: {error}", str(path), AGAIN) from error
     if not isinstance(config, dict):
-        raise UsageError(f"{CONFIG} is not a JSON object", str(path), "download or save the adapter again")
+        raise UsageError(f"{CONFIG} is not a JSON object", str(path), AGAIN)
     return config
 
 
@@ -72,13 +72,13 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
                 "the adapter is a pickle, which can run code and is never loaded", str(file.with_name(PICKLE)),
                 "load it with PEFT where you trust it and save it again: PEFT writes safetensors",
             )  # fmt: skip
-        raise UsageError(f"the folder has no {file.name}", str(file.parent), "download or save the adapter again")
+        raise UsageError(f"the folder has no {file.name}", str(file.parent), AGAIN)
     shard = read_shard(file)
     checkpoint = Checkpoint(file.parent, {}, (shard,))
     found = {}
     for info in shard.tensors:
         if not info.dtype.is_floating_point:
-            raise UsageError(f"{info.name} is {info.dtype_name}, not floating point", str(file), "save the adapter again")
+            raise UsageError(f"{info.name} is {info.dtype_name}, not floating point", str(file), AGAIN)
         tensor = checkpoint.read(info.name).float()
         if not bool(torch.isfinite(tensor).all()):
             raise UsageError(
@@ -98,7 +98,7 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         stream.write(header_bytes((name, t.dtype, tuple(t.shape)) for name, t in tensors.items()))
         for name, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
-                raise CheckFailed(f"{name} holds NaN or Inf", str(file), "train again with a lower --lr; nothing was written")
+                raise CheckFailed(f"{name} holds NaN or Inf", str(file.parent), "train again with a lower --lr")
             stream.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
@@ -110,8 +110,6 @@ def keys(graph: Graph, owner: str, step: Adapter) -> dict[str, str]:
         for param, key in item.step.peft_keys(item.site).items():
             own = f"{item.site.path}.{owner}.{param}"
             found[own if own in graph.tensors else f"{owner}.{param}"] = ROOT + key
-        if item.site.weight in graph.inserted:
-            found[item.site.weight] = f"{ROOT}model.{item.site.path}.base_layer.weight"
     paths = {item.site.path for item in sites}
     for name in replaced.names(graph, owner, step):
         found[name] = base_key(name, paths)
@@ -181,7 +179,7 @@ def fill(graph: Graph, owner: str, step: Adapter, tensors: dict[str, torch.Tenso
     """
     wanted = keys(graph, owner, step)
     left = dict(tensors)
-    _take_embeddings(graph, owner, left, set(wanted.values()), where)
+    _drop_tables(graph, owner, left, where)
     missing = [key for key in wanted.values() if key not in left]
     _complain(missing, "missing", where)
     for name, key in wanted.items():
@@ -200,21 +198,24 @@ def put(graph: Graph, name: str, tensor: torch.Tensor, key: str, where: Path) ->
     graph.inserted[name] = replaced.Held(tensor)
 
 
-def _take_embeddings(graph: Graph, owner: str, left: dict[str, torch.Tensor], wanted: set[str], where: Path) -> None:
-    """PEFT stores the whole table beside an adapted embedding or head. Where it is not the base's own, it replaces it."""
+def _drop_tables(graph: Graph, owner: str, left: dict[str, torch.Tensor], where: Path) -> None:
+    """PEFT stores the base's whole table beside an adapted embedding or head; the base has it.
+
+    Raises:
+        UnsupportedError: it is another table: resized, or trained.
+    """
     for item in adapted(graph, owner):
         key = f"{ROOT}model.{item.site.path}.base_layer.weight"
-        if key not in left or key in wanted:
+        if key not in left:
             continue
         table, own = left.pop(key), graph.values[item.site.weight]
         if tuple(table.shape) != tuple(own.shape):
-            kind = "vocabulary" if item.site.kind == EMBEDDING else "head"
-            raise UnsupportedError(
-                f"{key} is {list(table.shape)} and the base's is {list(own.shape)}: the {kind} was resized",
-                str(where), "resize the base as it was, save it, and name it with --base",
-            )  # fmt: skip
-        if not torch.equal(table.to(own.dtype), own):
-            put(graph, item.site.weight, table, key, where)
+            what = f"{key} is {list(table.shape)}, and the base's own is {list(own.shape)}: it was resized"
+        elif not torch.equal(table.to(own.dtype), own):
+            what = f"{key} is not the base's own {item.site.weight}"
+        else:
+            continue
+        raise UnsupportedError(what, str(where), "save the base with this table in it, and name that with --base")
 
 
 def _complain(found: list[str], kind: str, where: Path) -> None:

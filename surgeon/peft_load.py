@@ -19,13 +19,14 @@ from surgeon.run import apply, chosen_sites
 from surgeon.sites import sites
 from surgeon.source import open_graph, open_source
 
-# Fields that every PEFT config may have, and those that say how an adapter was made, not what it is.
-_COMMON = frozenset(
-    """auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out inference_mode init_lora_weights
-    init_weights layers_pattern layers_to_transform modules_to_save peft_type peft_version r revision target_modules
-    task_type lora_alpha lora_dropout use_rslora rank_pattern alpha_pattern eva_config loftq_config runtime_config
-    megatron_core qalora_group_size vera_dropout d_initial projection_prng_key save_projection""".split()
-)
+# Fields that surgeon reads, or that say how an adapter was made and not what it computes.
+_KNOWN = (
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type",
+    "target_modules", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save", "bias", "r",
+    "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "init_lora_weights",
+    "eva_config", "loftq_config", "runtime_config", "megatron_core", "vera_dropout", "d_initial", "init_weights",
+    "projection_prng_key", "save_projection",
+)  # fmt: skip
 
 
 def load_adapter(folder: str | Path, base: str | Path | None = None, task: str | None = None) -> Graph:
@@ -75,19 +76,17 @@ def describe(graph: Graph, method: type[Adapter], config: Mapping[str, Any]) -> 
     paths = [site.path for site in sites(graph, *method.kinds)]
     wanted = targeted(config, paths)
     if not wanted:
-        raise UsageError(
-            f"the adapter targets no module of {graph.config.model_type}", str(targets)[:200], "name its own base with --base"
-        )
+        what = f"the adapter targets no module of {graph.config.model_type}"
+        raise UsageError(what, str(targets)[:200], "name its own base with --base")
     return _simple(graph, step, config, wanted) or dataclasses.replace(step, targets=_alternatives(wanted))
 
 
 def _simple(graph: Graph, step: Adapter, config: Mapping[str, Any], wanted: list[str]) -> Adapter | None:
     """The config's own patterns in surgeon's notation, if they say the same."""
     excluded = config.get("exclude_modules")
+    exclude = _pattern(excluded, None) if excluded else ""
     try:
-        made = dataclasses.replace(
-            step, targets=_pattern(config["target_modules"], wanted), exclude=_pattern(excluded, None) if excluded else ""
-        )
+        made = dataclasses.replace(step, targets=_pattern(config["target_modules"], wanted), exclude=exclude)
         chosen, skipped = chosen_sites(graph, made)
     except SurgeonError:
         return None
@@ -113,7 +112,7 @@ def _check_fields(config: Mapping[str, Any], folder: Path) -> None:
     """Refuse, by name, whatever would change what the adapter computes and is not known here."""
     for name, value in config.items():
         switched_on = value is True or (isinstance(value, (str, list, dict)) and bool(value))
-        if name not in _COMMON and switched_on:
+        if name not in _KNOWN and switched_on:
             raise UnsupportedError(
                 f"the adapter uses {name} = {str(value)[:80]}, which is not supported", str(folder / CONFIG),
                 "merge it with PEFT and use the merged model",

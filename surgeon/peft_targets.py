@@ -1,7 +1,7 @@
 """PEFT's rules for which modules an adapter is on, in both directions.
 
-Reading follows `peft.tuners.tuners_utils.check_target_module_exists`; writing finds the shortest form of `target_modules`
-and of the patterns that PEFT reads back as exactly our sites.
+Reading follows `peft.tuners.tuners_utils.check_target_module_exists`; writing finds the shortest `target_modules` and
+patterns that PEFT reads back as exactly our sites.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ def targeted(config: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
     try:
         return [path for path in paths if _is_targeted(config, path)]
     except re.error as error:
-        raise UsageError(
-            f"a pattern is not a regular expression: {error}", "adapter_config.json", "repair target_modules or exclude_modules"
-        ) from error
+        hint = "repair target_modules or exclude_modules"
+        raise UsageError(f"a pattern is not a regular expression: {error}", "adapter_config.json", hint) from error
 
 
 def _is_targeted(config: Mapping[str, Any], path: str) -> bool:

@@ -1,6 +1,6 @@
 """Tensors of the base that train themselves beside an adapter: whole modules (a new head) and biases.
 
-Such a tensor keeps its name, becomes trainable, and gets its value from `Graph.inserted`, which comes before the base's.
+Such a tensor keeps its name, becomes trainable, and has its value in `Graph.inserted`, which comes before the base's.
 """
 
 from __future__ import annotations
@@ -104,3 +104,18 @@ def train(graph: Graph, chosen: Iterable[str]) -> None:
             continue
         graph.tensors[name] = dataclasses.replace(spec, trainable=spec.parameter)
         graph.inserted.setdefault(name, FromBase(graph.values, name))
+    _check_apart(graph)
+
+
+def _check_apart(graph: Graph) -> None:
+    """Raise UsageError for a weight that an adapter changes and that trains itself, by another pass's wish."""
+    owned = ((name, spec.owner) for name, spec in graph.tensors.items() if spec.owner)
+    adapted = {name.partition(f".{owner}.")[0] for name, owner in owned}
+    for name, spec in graph.tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and spec.trainable and not spec.owner and module in adapted:
+            raise UsageError(
+                f"{module} has an adapter, and its weight trains whole too",
+                "--modules-to-save",
+                "one of the two: --exclude it",
+            )

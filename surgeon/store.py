@@ -14,9 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from surgeon import card, manifest, passes, peft_files, peft_load, replaced, run, text
+from surgeon import card, manifest, passes, peft_files, peft_load, run, text
 from surgeon.atomic import atomic_folder
 from surgeon.errors import SurgeonError, UsageError
 from surgeon.graph import Graph
@@ -63,9 +61,9 @@ def save(
     """
     folder = Path(folder)
     if not graph.applied:
-        raise UsageError("there is nothing to save: no method is applied", str(folder), "surgeon.apply(base, 'lora') first")
+        raise UsageError("there is nothing to save: no method is applied", str(folder), "apply one: surgeon apply")
     if not graph.source:
-        raise UsageError("the graph has no base on disk", str(folder), "save the model with save_pretrained and open that")
+        raise UsageError("the graph has no base on disk", str(folder), "save_pretrained the model, and open that")
     old = _previous(folder, overwrite)
     steps = _steps(graph)
     base = manifest.describe_base(graph.source, folder, graph.config.model_type)
@@ -193,7 +191,7 @@ def _check_same(graph: Graph, record: Manifest, folder: Path) -> None:
 
 
 def _carry(old: Path, new: Path, ours: set[str]) -> None:
-    """Link what is not ours from the old folder into the new one; files are shared, nothing is copied where links work."""
+    """Link what is not ours from the old folder into the new one; it is copied only where links do not work."""
     for entry in old.iterdir():
         if entry.name in ours or _unfinished(entry.name):
             continue
