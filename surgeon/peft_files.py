@@ -16,7 +16,7 @@ import torch
 from surgeon import replaced
 from surgeon.checkpoint import Checkpoint
 from surgeon.errors import CheckFailed, UnsupportedError, UsageError
-from surgeon.fold import Fold, folds
+from surgeon.fold import Fold, columns, folds
 from surgeon.graph import Graph, path_of, tag
 from surgeon.passes.base import Adapter
 from surgeon.peft_targets import target_modules
@@ -108,7 +108,7 @@ def keys(graph: Graph, owner: str, step: Adapter) -> dict[str, str]:
     sites = adapted(graph, owner)
     for item in sites:
         for param, key in item.step.peft_keys(item.site).items():
-            own = f"{item.site.path}.{owner}.{param}"
+            own = item.site.tensor(owner, param)
             found[own if own in graph.tensors else f"{owner}.{param}"] = ROOT + key
     paths = {item.site.path for item in sites}
     for name in replaced.names(graph, owner, step):
@@ -124,7 +124,7 @@ def base_key(name: str, adapted_paths: set[str]) -> str:
 
 def adapted(graph: Graph, owner: str) -> list[Fold]:
     """The sites of one adapter."""
-    return [item for item in folds(graph) if item.owner == owner]
+    return [item for item in (*folds(graph), *columns(graph)) if item.owner == owner]
 
 
 def write_adapter(graph: Graph, owner: str, step: Adapter, folder: Path) -> None:

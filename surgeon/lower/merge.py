@@ -68,7 +68,10 @@ def merge(
     broken = untied(graph, groups)
     deltas, extra = changes(graph, source, groups, broken)
     deltas.update(replaced(graph, source))
-    update = {"tie_word_embeddings": False} if broken else None
+    fresh = added(graph)
+    extra.update(fresh)
+    apart = bool(broken) or any(name in _weights(graph).tied for name in fresh)
+    update = {"tie_word_embeddings": False} if apart else None
     measured: list[Comparison] = []
 
     def check(folder: Path) -> None:
@@ -123,11 +126,22 @@ def replaced(graph: Graph, source: Source) -> dict[str, Delta]:
     """Tensors of the base that were trained themselves, and biases that adapters change, by their stored names."""
     weights = _weights(graph)
     found: dict[str, Delta] = {}
-    trained = {name: read() for name, read in graph.inserted.items() if name in graph.values and weights.sources(name)}
+    fresh = added(graph)
+    trained = {name: read() for name, read in graph.inserted.items() if name in graph.values and name not in fresh}
     for name, tensor in {**trained, **biases(graph)}.items():
         for stored, value in stored_parts(weights, {name: tensor}).items():
             found[stored] = WholeDelta(lambda _, v=value: v.float())  # type: ignore[misc]
     return found
+
+
+def added(graph: Graph) -> dict[str, torch.Tensor]:
+    """Trained tensors the checkpoint has no place for: a new head, and one of a tied pair that no longer is tied."""
+    weights = _weights(graph)
+    return {
+        name: read()
+        for name, read in graph.inserted.items()
+        if name in graph.values and (not weights.sources(name) or (name in weights.tied and name not in graph.ties))
+    }
 
 
 def _weights(graph: Graph) -> ModelWeights:
