@@ -63,17 +63,17 @@ def attention(
     if shared != heads:
         result = result.reshape(batch, heads, queries, v.shape[3])
     if blind and seen is not None:
-        result = torch.where(seen.any(-1, keepdim=True), result, _scalar(0.0, result))
+        result = torch.where(seen.any(-1, keepdim=True), result, _scalar(0.0, result.dtype, result.device))
     return result
 
 
 def _added(seen: torch.Tensor) -> torch.Tensor:
-    like = torch.empty((), dtype=torch.float32, device=seen.device)
-    return torch.where(seen, _scalar(0.0, like), _scalar(torch.finfo(torch.float32).min, like))
+    kind, where = torch.float32, seen.device
+    return torch.where(seen, _scalar(0.0, kind, where), _scalar(torch.finfo(kind).min, kind, where))
 
 
-def _scalar(value: float, like: torch.Tensor) -> torch.Tensor:
-    return torch.scalar_tensor(value, dtype=like.dtype, device=like.device)
+def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.scalar_tensor(value, dtype=dtype, device=device)
 
 
 def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
@@ -96,8 +96,7 @@ def expert_linear(
 
     How many rows an expert gets is known only when the model runs, which torch cannot trace and ONNX's Split can do.
     """
-    experts, rows = weight.shape[0], x.shape[0]
-    out = weight.shape[2] if transposed else weight.shape[1]
+    experts, out = weight.shape[0], weight.shape[2] if transposed else weight.shape[1]
     number = torch.arange(experts, device=ids.device)
     counts = (ids[:, None] == number).sum(0)
     pieces = torch.onnx.ops.symbolic_multi_out(
@@ -106,9 +105,10 @@ def expert_linear(
     results = []
     for expert, piece in enumerate(pieces):
         matrix = weight[expert] if transposed else weight[expert].t()
-        result = piece @ matrix
+        result = piece.to(x.device) @ matrix  # symbolic operators trace as tensors of the CPU
         results.append(result if bias is None else result + bias[expert])
-    return torch.onnx.ops.symbolic("Concat", results, {"axis": 0}, dtype=x.dtype, shape=[rows, out])
+    joined = torch.onnx.ops.symbolic("Concat", results, {"axis": 0}, dtype=x.dtype, shape=[x.shape[0], out])
+    return joined.to(x.device)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

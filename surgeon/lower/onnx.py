@@ -1,0 +1,168 @@
+"""`--target onnx`: a causal language model with K/V cache as one ONNX file, replayed in ONNX Runtime before it is kept.
+
+Inputs `input_ids`, `attention_mask`, `position_ids`, `past_key_values.{i}.key/value`; outputs `logits`,
+`present.{i}.key/value`: what transformers.js and ONNX Runtime GenAI expect. One graph serves prefill and decode.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+import transformers
+
+from surgeon import fold, run
+from surgeon.atomic import atomic_folder
+from surgeon.errors import UnsupportedError, UsageError, nearest
+from surgeon.graph import Graph
+from surgeon.lower.onnx_check import Replay, replay
+from surgeon.lower.onnx_join import OPSET
+from surgeon.lower.onnx_model import build
+from surgeon.passes import make
+from surgeon.passes.base import Adapter
+from surgeon.verification import make_probes
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+MODEL, DATA, MANIFEST = "model.onnx", "model.onnx_data", "surgeon.json"
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """An export.
+
+    Attributes:
+        folder: where it is.
+        files: what was written, with sizes in bytes.
+        precision: "fp32" or "fp16".
+        opset: the ONNX opset.
+        replay: what ONNX Runtime computed, None if it was not asked.
+        seconds: time taken.
+        peak_rss_bytes: the process's peak memory so far.
+    """
+
+    folder: Path
+    files: dict[str, int]
+    precision: str
+    opset: int
+    replay: Replay | None
+    seconds: float
+    peak_rss_bytes: int
+
+    @property
+    def max_error(self) -> float | None:
+        """Largest |Δlogit| against torch, None if it was not measured."""
+        return self.replay.max_error if self.replay else None
+
+    @property
+    def bound(self) -> float | None:
+        """What `max_error` may be."""
+        return self.replay.bound if self.replay else None
+
+    @property
+    def token_agreement(self) -> float | None:
+        """Share of greedy steps with the same token, ties within the error counted as the same."""
+        return self.replay.token_agreement if self.replay else None
+
+
+def export_onnx(
+    graph: Graph,
+    out: str | Path,
+    *,
+    precision: str = "fp32",
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    verify: bool = True,
+) -> OnnxReport:
+    """Write the folder `out` with the model, its configs, its tokenizer and a manifest with replayed probes.
+
+    Adapters are folded into the weights first.
+
+    Args:
+        graph: a causal language model with values.
+        out: the new folder.
+        precision: "fp32" or "fp16", of weights, cache and arithmetic; norms and softmax stay fp32.
+        tokenizer: is written beside the model and makes the probes.
+        overwrite: replace an existing folder.
+        verify: replay the probes in ONNX Runtime, within fp32 1e-4, fp16 2e-2 of the largest logit.
+
+    Raises:
+        CheckFailed: ONNX Runtime computes something else; nothing is left behind.
+        UnsupportedError: the model generates no text, or a part of it has no ONNX form.
+        UsageError: no such precision, or `out` exists.
+    """
+    began = time.perf_counter()
+    if precision not in PRECISIONS:
+        raise UsageError(f"no precision {precision}", "--precision", f"did you mean {nearest(precision, PRECISIONS)}?")
+    plain = exportable(graph)
+    dtype = PRECISIONS[precision]
+    model = build(run.apply(plain, make("kv_cache")), dtype)
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        ir.save(model, folder / MODEL, external_data=DATA)
+        del model
+        checked = None
+        if verify:
+            checked = replay(plain, folder / MODEL, make_probes(plain, tokenizer), dtype)
+            checked.require(str(out))
+        _write_configs(plain, folder, tokenizer, dtype)
+        manifest = _manifest(graph, precision, checked)
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    return OnnxReport(
+        folder=Path(out), files=files, precision=precision, opset=OPSET, replay=checked,
+        seconds=time.perf_counter() - began,
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )  # fmt: skip
+
+
+def exportable(graph: Graph) -> Graph:
+    """The graph with its adapters folded in.
+
+    Raises:
+        UnsupportedError: it is no causal language model, or something stays that has no place in the export.
+    """
+    if graph.task != "causal-lm":
+        raise UnsupportedError(
+            f"the ONNX export is for causal language models, and {graph.config.model_type} was read for {graph.task}",
+            graph.source,
+            "--target hf writes a merged checkpoint of any model",
+        )
+    adapters = any(isinstance(step, Adapter) for step in graph.applied)
+    plain = fold.fold(graph) if adapters else graph
+    if plain.applied:
+        left = ", ".join(step.name for step in plain.applied)
+        raise UnsupportedError(f"the ONNX export has no place for {left}", graph.source, "export without it")
+    return plain
+
+
+def _write_configs(graph: Graph, folder: Path, tokenizer: Any, dtype: torch.dtype) -> None:
+    config = type(graph.config).from_dict(graph.config.to_dict())
+    config.dtype = dtype
+    config._name_or_path = ""
+    config.architectures = graph.config.architectures
+    config.save_pretrained(folder)
+    try:
+        generation = transformers.GenerationConfig.from_pretrained(graph.source) if graph.source else None
+    except OSError:
+        generation = None
+    (generation or transformers.GenerationConfig.from_model_config(config)).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _manifest(graph: Graph, precision: str, checked: Replay | None) -> dict[str, Any]:
+    """What the export is, without a path of this machine."""
+    return {
+        "target": "onnx",
+        "precision": precision,
+        "opset": OPSET,
+        "passes": [{"name": step.name, "options": step.options()} for step in graph.applied],
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "agreement": "tokens agree where they are equal or their logits differ by less than the error",
+        "verified": asdict(checked) if checked else None,
+    }

@@ -1,0 +1,209 @@
+"""Replaying an exported model in ONNX Runtime against the graph it was made from.
+
+ONNX Runtime decodes greedily through its K/V cache, batch 1 and then all probes in one left-padded batch; the reference
+computes the logits of the whole text at once, without a cache, one weight in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import torch
+
+from surgeon.errors import CheckFailed
+from surgeon.graph import Graph
+from surgeon.stream import StreamingExecutor
+from surgeon.verification import RELATIVE, Probe
+
+STEPS = 20
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One batch, decoded.
+
+    Attributes:
+        prompts: the token ids of each row, without padding.
+        tokens: what was generated, per row.
+        max_error: largest |Δlogit| at any unpadded position.
+        token_agreement: share of steps at which both predict the same token, or two whose logits differ by less than
+            the error.
+        exact_agreement: the same without that allowance.
+        best_logits: the logit of each generated token, per row.
+    """
+
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+    max_error: float
+    token_agreement: float
+    exact_agreement: float
+    best_logits: list[list[float]]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a replay found; `max_error` is over all batches, `bound` what it may be and `because` why."""
+
+    max_error: float
+    bound: float
+    because: str
+    token_agreement: float
+    largest: float
+    steps: int
+    batches: list[Replayed]
+
+    def require(self, where: str) -> None:
+        """Raise CheckFailed if the error is over the bound (a NaN is) or a token differs."""
+        if not self.max_error <= self.bound:
+            raise CheckFailed(
+                f"ONNX Runtime computes something else: |Δlogit| {self.max_error:.3g} is over the bound "
+                f"{self.bound:.3g} ({self.because})",
+                where,
+                "nothing was written; --precision fp32 is more precise, --no-verify writes it unchecked",
+            )
+        if self.token_agreement < 1.0:
+            raise CheckFailed(
+                f"ONNX Runtime generates other tokens: {self.token_agreement:.1%} agree", where, "nothing was written"
+            )
+
+
+def replay(graph: Graph, file: Path, probes: Sequence[Probe], dtype: torch.dtype, steps: int = STEPS) -> Replay:
+    """Decode every probe with an exported model and compare all logits.
+
+    Args:
+        graph: the graph without cache: the reference, run in fp32.
+        file: the `.onnx` file.
+        probes: the prompts; they are shortened to different lengths.
+        dtype: of the exported model; the bound depends on it.
+        steps: tokens to generate, fewer if the model has no positions for them.
+    """
+    session = open_session(file)
+    prompts = [list(probe.ids[: max(2, len(probe.ids) - 4 * number)]) for number, probe in enumerate(probes)]
+    longest = getattr(graph.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    steps = max(1, min(steps, longest - max(len(prompt) for prompt in prompts)))
+    reference = StreamingExecutor(graph)
+    batches, largest = [], 0.0
+    for batch in ([prompts[0]], prompts):
+        result, size = _replayed(graph, reference, session, batch, steps)
+        batches.append(result)
+        largest = max(largest, size)
+    errors = [batch.max_error for batch in batches]
+    counts = [len(batch.prompts) for batch in batches]
+    return Replay(
+        max_error=max(errors) if not any(error != error for error in errors) else float("nan"),
+        bound=RELATIVE[dtype] * largest,
+        because=f"{RELATIVE[dtype]:g} of the largest logit, for {str(dtype).removeprefix('torch.')}",
+        token_agreement=sum(b.token_agreement * n for b, n in zip(batches, counts, strict=True)) / sum(counts),
+        largest=largest,
+        steps=steps,
+        batches=batches,
+    )
+
+
+def open_session(file: Path) -> onnxruntime.InferenceSession:
+    """A CPU session that says nothing about what it optimises."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def _replayed(
+    graph: Graph, reference: StreamingExecutor, session: Any, prompts: list[list[int]], steps: int
+) -> tuple[Replayed, float]:
+    ids, mask = left_padded(prompts)
+    ids, mask, found = decode(session, ids, mask, steps)
+    expected = _reference(graph, reference, ids, mask)[:, : found.shape[1]]
+    seen = mask[:, : found.shape[1], None] > 0
+    difference = np.where(seen, np.abs(found - expected), 0.0)
+    largest = float(np.where(seen, np.abs(expected), 0.0).max())
+    error = float(difference.max())
+    start = found.shape[1] - steps
+    chosen = ids[:, start + 1 :]
+    theirs = np.take_along_axis(expected[:, start:], chosen[..., None], -1)[..., 0]
+    best = expected[:, start:].max(-1)
+    return Replayed(
+        prompts=prompts,
+        tokens=chosen.tolist(),
+        max_error=error,
+        token_agreement=float((best - theirs <= 2 * error).mean()),
+        exact_agreement=float((best == theirs).mean()),
+        best_logits=np.take_along_axis(found[:, start:], chosen[..., None], -1)[..., 0].round(6).tolist(),
+    ), largest
+
+
+def left_padded(prompts: list[list[int]]) -> tuple[Array, Array]:
+    """Token ids and mask `[b, t]` of prompts of different lengths."""
+    length = max(len(prompt) for prompt in prompts)
+    ids = np.array([[0] * (length - len(prompt)) + prompt for prompt in prompts], np.int64)
+    mask = np.array([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], np.int64)
+    return ids, mask
+
+
+def positions(mask: Array) -> Array:
+    """Positions `[b, t]` that count the tokens from 0; padding is at 0."""
+    found: Array = np.maximum(mask.cumsum(-1) - 1, 0)
+    return found
+
+
+def decode(session: Any, ids: Array, mask: Array, steps: int) -> tuple[Array, Array, Array]:
+    """Greedy decoding through the model's K/V cache.
+
+    Args:
+        session: an ONNX Runtime session with the inputs and outputs of an export.
+        ids: the prompts `[b, t]`, padded on the left.
+        mask: 1 at tokens, 0 at padding.
+        steps: tokens to generate.
+
+    Returns:
+        The ids and the mask with what was generated `[b, t + steps]`, and the logits `[b, t + steps - 1, vocab]` in
+        fp32.
+    """
+    names = [node.name for node in session.get_inputs()]
+    outputs = [node.name for node in session.get_outputs()]
+    past = empty_cache(session, len(ids))
+    logits, new = [], ids
+    for _ in range(steps):
+        feed = {
+            "input_ids": new,
+            "attention_mask": mask,
+            "position_ids": positions(mask)[:, -new.shape[1] :],
+            "token_type_ids": np.zeros_like(new),
+            **past,
+        }
+        results = dict(zip(outputs, session.run(None, {name: feed[name] for name in names}), strict=True))
+        past = {f"past_key_values.{k.removeprefix('present.')}": v for k, v in results.items() if k != "logits"}
+        logits.append(results["logits"].astype(np.float32))
+        new = logits[-1][:, -1:].argmax(-1)
+        ids = np.concatenate([ids, new], 1)
+        mask = np.concatenate([mask, np.ones_like(new)], 1)
+    return ids, mask, np.concatenate(logits, 1)
+
+
+def empty_cache(session: Any, batch: int) -> dict[str, Array]:
+    """Keys and values of no token."""
+    kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    return {
+        node.name: np.zeros((batch, node.shape[1], 0, node.shape[3]), kinds[node.type])
+        for node in session.get_inputs()
+        if node.name.startswith("past_key_values.")
+    }
+
+
+def _reference(graph: Graph, run: StreamingExecutor, ids: Array, mask: Array) -> Array:
+    given = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": positions(mask),
+        "token_type_ids": np.zeros_like(ids),
+    }
+    logits = run(*(torch.from_numpy(given[name]) for name in graph.inputs))[graph.outputs.index("logits")]
+    result: Array = logits.float().numpy()
+    return result
