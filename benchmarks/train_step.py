@@ -51,11 +51,10 @@ def make_100m(folder: Path) -> None:
 
 def surgeon_model(base: str, method: str) -> Any:
     """The base with surgeon's adapter."""
-    from surgeon import model, passes, run, source
+    import surgeon
 
     alpha = {"alpha": 32.0} if method == "lora" else {}
-    step = passes.make(method, rank=RANKS[method], targets="all-linear", **alpha)
-    return model.load_model(run.apply(source.open_graph(source.open_source(base)), step))
+    return surgeon.apply(base, method, rank=RANKS[method], targets="all-linear", **alpha)
 
 
 def peft_model(base: str, method: str) -> Any:

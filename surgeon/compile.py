@@ -1,7 +1,8 @@
 """From an fx graph to a Python function, in a training and an evaluation variant.
 
 Functions take the module that owns the graph's tensors as first argument, so equal layers share them as they share the
-graph. The evaluation variant has no dropout; a graph without dropout has one function for both.
+graph. The training variant runs fused (see `surgeon.fuse`); the evaluation variant has no dropout and runs the graph
+operator by operator.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from surgeon.fuse import fused
 from surgeon.graph import copied, sweep
 
 aten = torch.ops.aten
@@ -35,9 +37,7 @@ def code(graph: fx.Graph) -> Code:
     """The compiled graph; compiled once per graph object and number of nodes."""
     known = _codes.get(graph)
     if known is None or known[0] != len(graph.nodes):
-        train = _function(graph)
-        quiet = without_dropout(graph)
-        known = (len(graph.nodes), Code(train, _function(quiet) if quiet is not graph else train))
+        known = (len(graph.nodes), Code(_function(fused(graph)), _function(without_dropout(graph))))
         _codes[graph] = known
     return known[1]
 

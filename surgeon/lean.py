@@ -1,0 +1,139 @@
+"""Operators whose backward pass keeps less and computes in fewer passes than autograd makes of their parts.
+
+Differentiable once; the results are those of the parts up to rounding, also under autocast.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+aten = torch.ops.aten
+
+
+def bypassed(x: Tensor, scales: tuple[float, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """y_i = x W_iᵀ + bias_i + s_i (x A_iᵀ) B_iᵀ for several frozen linears with a low-rank bypass on one input.
+
+    Args:
+        x: `[.., in]`.
+        scales: s_i.
+        tensors: W_i `[out_i, in]`, bias_i `[out_i]` or None, A_i `[r_i, in]`, B_i `[out_i, r_i]`, for each i in turn.
+
+    Returns:
+        y_i `[.., out_i]`, in the autocast dtype or that of x.
+    """
+    weights, biases = tensors[0::4], tensors[1::4]
+    if any(t is not None and t.requires_grad for t in (*weights, *biases)):
+        return tuple(_composed(x, s, *tensors[4 * i : 4 * i + 4]) for i, s in enumerate(scales))
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    with torch.autocast(device, enabled=False):
+        return tuple(_Bypassed.apply(x, scales, dtype, *tensors))
+
+
+def _composed(x: Tensor, scale: float, weight: Any, bias: Tensor | None, a: Any, b: Any) -> Tensor:
+    linear = torch.nn.functional.linear
+    return linear(x, weight, bias) + linear(linear(x, a), b) * scale
+
+
+class _Bypassed(torch.autograd.Function):
+    """Keeps x once (in the dtype of the products), x Aᵀ, and no result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scales: tuple[float, ...], dtype: torch.dtype, *tensors: Any) -> tuple[Tensor, ...]:
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        a = torch.cat([t.to(dtype) for t in tensors[2::4]])
+        low = rows @ a.t()
+        ranks = [t.shape[0] for t in tensors[2::4]]
+        results, weights = [], []
+        for i, (scale, part) in enumerate(zip(scales, low.split(ranks, 1), strict=True)):
+            weight, bias, _, b = tensors[4 * i : 4 * i + 4]
+            weight = weight.to(dtype)
+            y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(dtype))
+            results.append(y.addmm_(part, b.to(dtype).t(), alpha=scale).view(*x.shape[:-1], -1))
+            weights.append(weight)
+        ctx.save_for_backward(rows, low, *weights, *tensors[2::4], *tensors[3::4])
+        ctx.scales, ctx.ranks, ctx.shape, ctx.dtype = scales, ranks, x.shape, x.dtype
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        count = len(ctx.scales)
+        rows, low, *rest = ctx.saved_tensors
+        weights, a, b = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        flat = [g.reshape(-1, g.shape[-1]) for g in grads]
+        with torch.autocast(rows.device.type, enabled=False):
+            slopes = [(g @ bi.to(g.dtype)).mul_(s) for g, bi, s in zip(flat, b, ctx.scales, strict=True)]
+            below = slopes[0] if count == 1 else torch.cat(slopes, 1)
+            grad_x = None
+            if ctx.needs_input_grad[0]:
+                grad_x = below @ torch.cat([t.to(below.dtype) for t in a])
+                for g, weight in zip(flat, weights, strict=True):
+                    grad_x.addmm_(g, weight)
+                grad_x = grad_x.to(ctx.dtype).view(ctx.shape)
+            grad_a = (below.t() @ rows).split(ctx.ranks)
+            parts = zip(flat, low.split(ctx.ranks, 1), ctx.scales, strict=True)
+            grad_b = [(g.t() @ part).mul_(s) for g, part, s in parts]
+        found: list[Any] = [grad_x, None, None]
+        for i in range(count):
+            found += [None, None, grad_a[i].to(a[i].dtype), grad_b[i].to(b[i].dtype)]
+        return tuple(found)
+
+
+def rms_normalised(x: Tensor, eps: float) -> Tensor:
+    """x / √(mean(x²) + eps) over the last axis, `[.., n]` → `[.., n]`."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float32:
+        x = x.float()
+    return _RmsNormalised.apply(x, eps)  # type: ignore[no-any-return]
+
+
+class _RmsNormalised(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, inverse)
+        return x * inverse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """d/dx: r g − x r³ (g · x) / n with r = 1 / rms."""
+        x, inverse = ctx.saved_tensors
+        along = torch.linalg.vecdot(grad, x).unsqueeze(-1).mul_(inverse.pow(3)).div_(-x.shape[-1])
+        return (grad * inverse).addcmul_(x, along), None
+
+
+def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up."""
+    if gate.shape != up.shape:
+        return torch.nn.functional.silu(gate) * up
+    return _Gated.apply(gate, up, aten.silu, aten.silu_backward, {})  # type: ignore[no-any-return]
+
+
+def gated_gelu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
+    """gelu(gate) · up."""
+    if gate.shape != up.shape:
+        return torch.nn.functional.gelu(gate, approximate=approximate) * up
+    options = {"approximate": approximate}
+    return _Gated.apply(gate, up, aten.gelu, aten.gelu_backward, options)  # type: ignore[no-any-return]
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: Any, slope: Any, options: dict[str, Any]) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act, ctx.slope, ctx.options = act, slope, options
+        return act(gate, **options) * up  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        gate, up = ctx.saved_tensors
+        grad_up = (ctx.act(gate, **ctx.options).mul_(grad)).to(up.dtype) if ctx.needs_input_grad[1] else None
+        grad_gate = ctx.slope((grad * up).to(gate.dtype), gate, **ctx.options) if ctx.needs_input_grad[0] else None
+        return grad_gate, grad_up, None, None, None
