@@ -1,0 +1,49 @@
+"""The tiny families as Hugging Face folders on disk, one per family and process, and their graphs, captured once."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from benchmarks.zoo import build, families
+from surgeon.graph import Graph
+from surgeon.source import Source, open_graph, open_source
+
+_GRAPHS: dict[Path, Graph] = {}
+
+
+@functools.cache
+def _root() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="surgeon-zoo-")
+
+
+@functools.cache
+def folder_of(name: str) -> Path:
+    """The family's random model on disk; `<family>-tied` is the same with its embeddings tied."""
+    family = name.removesuffix("-tied")
+    config = families.tiny_config(family)
+    config.tie_word_embeddings = config.tie_word_embeddings or family != name
+    return build.save(build.build(config, families.task_of(family)), Path(_root().name) / name)
+
+
+def captured(source: Source) -> Graph:
+    """The graph of a base with its values, as `surgeon.source.open_graph` gives it, captured once per folder."""
+    if source.folder not in _GRAPHS:
+        _GRAPHS[source.folder] = open_graph(source)
+    return _GRAPHS[source.folder].copy()
+
+
+def base_of(name: str) -> tuple[Path, Graph]:
+    """The family's folder and graph."""
+    return folder_of(name), captured(open_source(folder_of(name)))
+
+
+def reference(folder: Path) -> Any:
+    """The model that transformers loads from a folder."""
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    return getattr(transformers, architecture).from_pretrained(folder).eval()
