@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from surgeon.errors import UnsupportedError
-from surgeon.graph import INPUT, Graph, copied, sweep
+from surgeon.graph import INPUT, Graph, copied
 
 def add_input(part: fx.Graph, name: str) -> fx.Node:
     """A placeholder after those there are; `name` is what users see, dots and all."""
@@ -71,20 +71,25 @@ def prune(graph: Graph) -> None:
     """Drop what no output needs: inputs of layers and of the model, whole layers, and the tensors only those read."""
     for shared, paths in graph.groups():
         part, _ = copied(shared)
-        sweep(part)
+        part.eliminate_dead_code(is_impure_node=_acts)
         keep = [bool(node.users) for node in part.nodes if node.op == "placeholder"]
         for path in paths:
             call = call_of(graph.trunk, path)
             call.args = tuple(arg for arg, kept in zip(call.args, keep, strict=True) if kept)
             graph.layers[path] = part
         _drop_inputs(part)
-    sweep(graph.trunk)
+    graph.trunk.eliminate_dead_code(is_impure_node=_acts)
     _drop_inputs(graph.trunk)
     called = {str(node.target) for node in graph.trunk.nodes if node.op == "call_module"}
     graph.layers = {path: layer for path, layer in graph.layers.items() if path in called}
     read = {graph.resolve(prefix + str(node.target)) for prefix, node in graph.nodes() if node.op == "get_attr"}
     graph.tensors = {name: spec for name, spec in graph.tensors.items() if name in read}
     graph.ties = {alias: name for alias, name in graph.ties.items() if name in read}
+
+
+def _acts(node: fx.Node) -> bool:
+    """Whether a node matters even if nothing reads it. Drawing random numbers does not: dead dropouts go."""
+    return node.op in ("placeholder", "output") or bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
 def _drop_inputs(part: fx.Graph) -> None:
