@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from surgeon import wiring
 from surgeon.errors import UnsupportedError
@@ -64,10 +65,16 @@ class Edit:
         self._cursor = self.y
 
     @classmethod
-    def of_trunk(cls, graph: Graph, owner: str) -> Edit:
-        """An edit of the trunk at no site in particular."""
-        first = next(node for node in graph.trunk.nodes if node.op == "placeholder")
-        return cls(graph, graph.trunk, [""], owner, Site("", "", "", first.name), 0)
+    def of_trunk(cls, graph: Graph, owner: str, node: fx.Node | None = None) -> Edit:
+        """An edit of the trunk at any node (a length, the mask, the logits): `y` is what stands for it now.
+
+        Without a node at none in particular: what is written there is not taken out again.
+        """
+        inputs = [other for other in graph.trunk.nodes if other.op == "placeholder"]
+        made = cls(graph, graph.trunk, [""], owner, Site("", "", "", (node or inputs[0]).name), 0)
+        if node is not None and made.y.op == "placeholder":
+            made.write_after(inputs[-1])
+        return made
 
     def _current_output(self) -> fx.Node:
         current = self.node
@@ -182,7 +189,7 @@ class Edit:
             node = self.part.call_function(target, args, kwargs)
         self._cursor = node
         value = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.node.meta["val"].fake_mode:
+        with self._shapes_only():
             return self._labelled(node, target(*value[0], **value[1]))
 
     def linear(self, x: fx.Node, weight: fx.Node) -> fx.Node:
@@ -205,13 +212,13 @@ class Edit:
         """The first `count` entries along an axis; x itself if it has no more."""
         return x if x.meta["val"].shape[axis] == count else self.call(aten.slice.Tensor, x, axis, 0, count)
 
-    def replace(self, node: fx.Node) -> None:
-        """Everything that read the site's output now reads `node`."""
+    def replace(self, node: fx.Node, keep: Collection[fx.Node] = ()) -> None:
+        """Everything that read the site's output now reads `node`, but for the readers in `keep`."""
         before = self.y
         node.meta["surgeon"] = Tag(self.owner, self.node.name, output=True)
         mine = {n for n in self.part.nodes if isinstance(n.meta.get("surgeon"), Tag)}
         outside = [user for user in before.users if user not in mine or user.meta["surgeon"].site != self.node.name]
-        for user in outside:
+        for user in [user for user in outside if user not in keep]:
             user.replace_input_with(before, node)
         self.y = node
 
@@ -227,7 +234,8 @@ class Edit:
         position = {other: number for number, other in enumerate(self.part.nodes)}
         first = min(readers, key=position.__getitem__)
         for other in sorted(made, key=position.__getitem__):
-            first.prepend(other)
+            if position[other] > position[first]:
+                first.prepend(other)
         for user in readers:
             user.replace_input_with(source, node)
         self._cursor = self.y
@@ -261,9 +269,12 @@ class Edit:
         return self._labelled(node, self._fake(shape))
 
     def _fake(self, shape: tuple[int, ...]) -> torch.Tensor:
-        mode = self.node.meta["val"].fake_mode
-        with mode:
+        with self._shapes_only():
             return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    def _shapes_only(self) -> FakeTensorMode:
+        values = (node.meta.get("val") for node in self.part.nodes)
+        return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
 
     def _labelled(self, node: fx.Node, value: Any) -> fx.Node:
         node.meta.update(val=value, path=path_of(self.node), surgeon=Tag(self.owner, self.node.name))

@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import fx
 
 from surgeon.errors import SurgeonError, UnsupportedError, UsageError
-from surgeon.graph import Graph, Tag, copied, structure, sweep, tag
+from surgeon.graph import Graph, tag
 from surgeon.normal import Base, Columns, Normal
 from surgeon.passes.base import Adapter
 from surgeon.run import owners
-from surgeon.sites import Site, sites, source_of
+from surgeon.sites import Site, sites
+from surgeon.strip import without
 
 
 @dataclass(frozen=True)
@@ -243,74 +243,3 @@ def fold(graph: Graph) -> Graph:
         result.tensors[alias] = graph.tensors[name]
         result.ties.pop(alias)
     return dataclasses.replace(result, values=MergedValues(graph, groups, broken))
-
-
-def without(graph: Graph, gone: set[str]) -> Graph:
-    """The graph with the nodes and tensors of these passes taken out."""
-    result = graph.copy()
-    result.trunk = _stripped(graph.trunk, gone)
-    known = {id(part): _stripped(part, gone) for part, _ in graph.groups()}
-    result.layers = {path: known[id(part)] for path, part in graph.layers.items()}
-    _drop_unused_inputs(result)
-    result.layers = _shared_again(graph, known)
-    sweep(result.trunk)
-    result.tensors = {name: spec for name, spec in graph.tensors.items() if spec.owner not in gone}
-    result.inserted = {name: read for name, read in graph.inserted.items() if name in result.tensors}
-    kept = owners(graph.applied)
-    result.applied = tuple(step for owner, step in kept.items() if owner not in gone)
-    return result
-
-
-def _shared_again(graph: Graph, known: dict[int, fx.Graph]) -> dict[str, fx.Graph]:
-    """The stripped layers; those that only their adapters had told apart share one graph again."""
-    untouched = [part for part, _ in graph.groups() if known[id(part)] is part]
-    first = {structure(part): part for part in reversed(untouched)}
-    for part in known.values():
-        if part not in untouched:
-            first.setdefault(structure(part), part)
-    return {
-        path: part if part in untouched else first[structure(part)]
-        for path, part in ((path, known[id(before)]) for path, before in graph.layers.items())
-    }
-
-
-def _stripped(part: fx.Graph, gone: set[str]) -> fx.Graph:
-    if not any(mark.owner in gone for node in part.nodes if (mark := tag(node))):
-        return part
-    fresh, _ = copied(part)
-    names = {node.name: node for node in fresh.nodes}
-    for node in list(fresh.nodes):
-        mark = tag(node)
-        if mark and mark.output and mark.owner in gone:
-            node.replace_all_uses_with(_below(fresh, names[mark.site], node, gone))
-        if mark and mark.input and mark.owner in gone:
-            node.replace_all_uses_with(source_of(node))
-    sweep(fresh)
-    return fresh
-
-
-def _below(part: fx.Graph, base: fx.Node, output: fx.Node, gone: set[str]) -> fx.Node:
-    """What `output` replaced: the nearest earlier output at the same site that stays, else the site's own node."""
-    current = base
-    for node in part.nodes:
-        mark = tag(node)
-        if node is output:
-            return current
-        if isinstance(mark, Tag) and mark.output and mark.site == base.name and mark.owner not in gone:
-            current = node
-    return current
-
-
-def _drop_unused_inputs(graph: Graph) -> None:
-    """Shared tensors that no node of a layer reads any more are no longer handed to it."""
-    calls = {str(node.target): node for node in graph.trunk.nodes if node.op == "call_module"}
-    for part, paths in graph.groups():
-        inputs = [node for node in part.nodes if node.op == "placeholder"]
-        dead = {i for i, node in enumerate(inputs) if not node.users and tag(node) is not None}
-        if not dead:
-            continue
-        for path in paths:
-            call = calls[path]
-            call.args = tuple(arg for i, arg in enumerate(call.args) if i not in dead)
-        for i in dead:
-            part.erase_node(inputs[i])
