@@ -17,6 +17,7 @@ from surgeon.checkpoint import Checkpoint
 from surgeon.errors import UnsupportedError, UsageError
 
 FILE, SCHEMA = "surgery.json", 1
+_BASE = ("path", "relative", "fingerprint", "tensors", "model_type")
 AGAIN = "save the work folder again, or take an earlier copy of it"
 
 
@@ -89,9 +90,10 @@ def read_manifest(folder: Path) -> Manifest:
     known = {entry.name for entry in fields(Manifest)}
     try:
         steps = tuple(Step(**step) for step in found.pop("passes"))
-        base = {str(name): str(value) for name, value in found.pop("base").items()}
+        base = {name: str(found["base"][name]) for name in _BASE}
+        del found["base"]
         return Manifest(passes=steps, base=base, **{k: v for k, v in found.items() if k in known})
-    except (TypeError, AttributeError) as error:
+    except (TypeError, KeyError) as error:
         raise UsageError(f"{FILE} is damaged: {error}", str(path), AGAIN) from error
 
 
