@@ -117,14 +117,45 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return result if bias is None else result + bias
 
 
+def sort(x: torch.Tensor, dim: int = -1, descending: bool = False, *, stable: bool = True) -> Any:
+    """A stable sort as ONNX has it: TopK of everything, equal values in the order of their places."""
+    return torch.topk(x, x.shape[dim], dim, largest=descending, sorted=True)
+
+
+def argsort(x: torch.Tensor, dim: int = -1, descending: bool = False, *, stable: bool = True) -> torch.Tensor:
+    """The places of `sort`."""
+    order: torch.Tensor = sort(x, dim, descending)[1]
+    return order
+
+
 STANDARD: dict[Any, Any] = {
     torch.ops.surgeon.attention.default: attention,
     torch.ops.surgeon.expert_linear.default: expert_linear,
+    aten.sort.default: sort,
+    aten.sort.stable: sort,
+    aten.argsort.default: argsort,
+    aten.argsort.stable: argsort,
 }
 
 
 def standardise(part: fx.Graph) -> None:
-    """Replace surgeon's operators in a graph by the functions above."""
+    """Replace operators that ONNX has no form for by the functions above, and by numbers where they are numbers."""
+    _fold_numbers(part)
     for node in part.nodes:
         if node.target in STANDARD:
             node.target = STANDARD[node.target]
+
+
+def _fold_numbers(part: fx.Graph) -> None:
+    """Compute the inverse error function of constants (Gemma 3n's sparsity)."""
+    known: dict[fx.Node, Any] = {}
+    for node in part.nodes:
+        if node.op != "call_function" or not all(source in known for source in node.all_input_nodes):
+            continue
+        if not node.all_input_nodes and node.target is not aten.scalar_tensor.default:
+            continue
+        args, kwargs = (fx.node.map_arg(given, known.get) for given in (node.args, node.kwargs))
+        known[node] = node.target(*args, **({**kwargs, "device": "cpu"} if "device" in kwargs else kwargs))
+        if node.target is aten.erfinv.default:
+            node.target, node.args = aten.scalar_tensor.default, (float(known[node]),)
+            node.kwargs = {"dtype": known[node].dtype, "device": torch.device("meta")}

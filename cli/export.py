@@ -1,0 +1,85 @@
+"""`surgeon export`: what production runs, from a work folder, an adapter or a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from surgeon.cli import output
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from surgeon.lower.onnx import OnnxReport
+
+
+def command(
+    folder: Annotated[Path, typer.Argument(help="Work folder, PEFT adapter folder or plain checkpoint.")] = Path("work"),
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.  [default: the target]")] = None,
+    target: Annotated[str, typer.Option(help="onnx, or hf (the same as surgeon merge).")] = "onnx",
+    precision: Annotated[str, typer.Option(help="Of the ONNX model: fp32 or fp16.")] = "fp32",
+    base: Annotated[Path | None, typer.Option(help="The base, if it moved since the adapter was made.")] = None,
+    verify: Annotated[bool, typer.Option(help="Replay probes before the folder is put in place.")] = True,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output folder if it exists.")] = False,
+    json: output.Json = False,
+) -> None:
+    """Fold the adapters in, lower the model to a target, and run the result against torch before it gets its name.
+
+    For onnx: one model.onnx with K/V cache for prefill and decode, replayed in ONNX Runtime for 20 greedy tokens, alone
+    and in a left-padded batch. Exits with 1 and leaves nothing behind if it computes something else.
+
+    Examples:
+        surgeon export work/ --target onnx -o onnx/
+        surgeon export model/ --target onnx --precision fp16 --json
+        surgeon export lora-adapter/ --target hf -o merged/
+    """
+    from surgeon import lower
+
+    where = out or Path(target)
+    options: dict[str, Any] = {"base": base, "overwrite": overwrite, "verify": verify}
+    if target == "onnx":
+        options["precision"] = precision
+    report = lower.export(folder, where, target=target, **options)
+    if target == "onnx":
+        output.emit(summary(report), json, view(report))
+    else:
+        from surgeon.cli.merge import summary as merged
+
+        output.emit(merged(report), json)
+
+
+def summary(report: OnnxReport) -> dict[str, Any]:
+    """What `--json` prints."""
+    replay = report.replay
+    return {
+        "folder": report.folder,
+        "files": report.files,
+        "precision": report.precision,
+        "opset": report.opset,
+        "max_error": report.max_error,
+        "bound": report.bound,
+        "because": replay.because if replay else "not verified",
+        "token_agreement": report.token_agreement,
+        "steps": replay.steps if replay else 0,
+        "seconds": report.seconds,
+        "peak_rss_bytes": report.peak_rss_bytes,
+    }
+
+
+def view(report: OnnxReport) -> RenderableType:
+    """The same for people: the files, and what ONNX Runtime said."""
+    files = ", ".join(f"{name} {output.size(size)}" for name, size in report.files.items())
+    fields = {"wrote": str(report.folder), "files": files, "precision": f"{report.precision}, opset {report.opset}"}
+    replay = report.replay
+    if replay:
+        rows = sum(len(batch.prompts) for batch in replay.batches)
+        fields["replayed"] = (
+            f"{replay.steps} greedy tokens × {rows} rows in ONNX Runtime: {replay.token_agreement:.1%} of tokens agree"
+        )
+        fields["max |Δlogit|"] = f"{replay.max_error:.3g}, may be {replay.bound:.3g} ({replay.because})"
+    else:
+        fields["replayed"] = "no: --no-verify"
+    fields["took"] = f"{report.seconds:.1f} s, peak {output.size(report.peak_rss_bytes)}"
+    return output.fields(fields)

@@ -1,0 +1,37 @@
+"""`--target onnx`: from what users name to `surgeon.lower.onnx`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnxscript
+
+from surgeon import api
+from surgeon.lower.onnx import OnnxReport, export_onnx
+from surgeon.model import SurgeonModel
+
+if TYPE_CHECKING:
+    from surgeon.graph import Graph
+
+assert onnxscript  # torch's exporter imports it late, and fails with an error of its own
+
+
+def export(
+    work: str | Path | SurgeonModel, out: str | Path, *, base: str | Path | None = None, **options: Any
+) -> OnnxReport:
+    """Export a folder or a loaded model; options are those of `export_onnx`.
+
+    Args:
+        work: a work folder, a PEFT adapter folder, a plain checkpoint, or a loaded model.
+        out: the new folder.
+        base: the base of an adapter, where the folder's own record of it no longer holds.
+        options: see `surgeon.lower.onnx.export_onnx`.
+    """
+    graph: Graph
+    if isinstance(work, SurgeonModel):
+        graph, tokenizer = work.trained(), work.tokenizer
+    else:
+        graph = api.read(work, base=base)
+        tokenizer = api.tokenizer_of(work) or api.tokenizer_of(graph.source)
+    return export_onnx(graph, out, tokenizer=tokenizer, **options)
