@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "generate": "surgeon.cli.generate",
     "chat": "surgeon.cli.chat",
     "merge": "surgeon.cli.merge",
+    "export": "surgeon.cli.export",
     "verify": "surgeon.cli.verify",
     "passes": "surgeon.cli.passes",
     "doctor": "surgeon.cli.doctor",
