@@ -15,6 +15,7 @@ import transformers
 
 from surgeon.checkpoint import Checkpoint
 from surgeon.errors import UnsupportedError, UsageError
+from surgeon.source import resolve
 
 FILE, SCHEMA = "surgery.json", 1
 _BASE = ("path", "relative", "fingerprint", "tensors", "model_type")
@@ -116,7 +117,9 @@ def find_base(manifest: Manifest, folder: Path, given: str | Path | None) -> Pat
     Raises:
         UsageError: there is none, or it is not the one the work folder was made for.
     """
-    places = [Path(given)] if given is not None else [folder / manifest.base["relative"], Path(manifest.base["path"])]
+    places = (
+        [resolve(given)] if given is not None else [folder / manifest.base["relative"], Path(manifest.base["path"])]
+    )
     base = next((place for place in places if place.is_dir()), None)
     if base is None:
         raise UsageError("the base model is not there", str(places[-1]), "name where it is now with --base")

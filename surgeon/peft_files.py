@@ -179,7 +179,7 @@ def fill(graph: Graph, owner: str, step: Adapter, tensors: dict[str, torch.Tenso
     """
     wanted = keys(graph, owner, step)
     left = dict(tensors)
-    _drop_tables(graph, owner, left, where)
+    _drop_tables(graph, left, set(wanted.values()), where)
     missing = [key for key in wanted.values() if key not in left]
     _complain(missing, "missing", where)
     for name, key in wanted.items():
@@ -198,21 +198,21 @@ def put(graph: Graph, name: str, tensor: torch.Tensor, key: str, where: Path) ->
     graph.inserted[name] = replaced.Held(tensor)
 
 
-def _drop_tables(graph: Graph, owner: str, left: dict[str, torch.Tensor], where: Path) -> None:
-    """PEFT stores the base's whole table beside an adapted embedding or head; the base has it.
+def _drop_tables(graph: Graph, left: dict[str, torch.Tensor], wanted: set[str], where: Path) -> None:
+    """PEFT may store the base's whole embedding beside an adapter; the base has it.
 
     Raises:
         UnsupportedError: it is another table: resized, or trained.
     """
-    for item in adapted(graph, owner):
-        key = f"{ROOT}model.{item.site.path}.base_layer.weight"
-        if key not in left:
+    for key in [key for key in left if key not in wanted]:
+        name = key.removeprefix(f"{ROOT}model.").replace(".base_layer.", ".")
+        if graph.resolve(name) not in graph.tensors or name in graph.inserted:
             continue
-        table, own = left.pop(key), graph.values[item.site.weight]
+        table, own = left.pop(key), graph.values[graph.resolve(name)]
         if tuple(table.shape) != tuple(own.shape):
             what = f"{key} is {list(table.shape)}, and the base's own is {list(own.shape)}: it was resized"
         elif not torch.equal(table.to(own.dtype), own):
-            what = f"{key} is not the base's own {item.site.weight}"
+            what = f"{key} is not the base's own {name}"
         else:
             continue
         raise UnsupportedError(what, str(where), "save the base with this table in it, and name that with --base")

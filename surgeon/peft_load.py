@@ -18,6 +18,7 @@ from surgeon.peft_targets import ALL_LINEAR, targeted
 from surgeon.run import apply, chosen_sites
 from surgeon.sites import sites
 from surgeon.source import open_graph, open_source
+from surgeon.tasks import TASKS
 
 # Fields that surgeon reads, or that say how an adapter was made and not what it computes.
 _KNOWN = (
@@ -48,14 +49,21 @@ def load_adapter(folder: str | Path, base: str | Path | None = None, task: str |
     where = base or config.get("base_model_name_or_path")
     if not where:
         raise UsageError("the adapter names no base model", str(folder / CONFIG), "name it with --base")
-    by_type = {peft: name for name, peft in TASK_TYPES.items()}
-    task = task or by_type.get(str(config.get("task_type")))
+    task = task or _task(config)
     graph = open_graph(open_source(_base_path(str(where), folder, given=base is not None), task))
     step = describe(graph, cast(type[Adapter], method), config)
     graph = apply(graph, step)
     owner = step.name
     fill(graph, owner, cast(Adapter, graph.applied[-1]), tensors, folder / WEIGHTS)
     return graph
+
+
+def _task(config: Mapping[str, Any]) -> str | None:
+    """What the adapter says its base is for: its task type, or the class it was trained on."""
+    by_type = {peft: name for name, peft in TASK_TYPES.items()}
+    trained_on = str((config.get("auto_mapping") or {}).get("base_model_class"))
+    by_class = (task.name for task in TASKS.values() if trained_on.endswith(task.suffixes))
+    return by_type.get(str(config.get("task_type"))) or next(by_class, None)
 
 
 def describe(graph: Graph, method: type[Adapter], config: Mapping[str, Any]) -> Adapter:

@@ -42,7 +42,7 @@ def save(
     folder: str | Path,
     *,
     overwrite: bool = False,
-    seed: int = 0,
+    seed: int | None = None,
     probes: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """Write a work folder.
@@ -51,7 +51,7 @@ def save(
         graph: an adapted graph, with its trained values in `inserted`.
         folder: where; an existing work folder is replaced with `overwrite`, and files of others in it stay.
         overwrite: allow that.
-        seed: the seed the passes were applied with.
+        seed: the seed the passes were applied with; None for that of the folder that is replaced, else 0.
         probes: `{"prompt": ids, "tokens": greedy continuation}` each, to be replayed by whoever loads it.
 
     Raises:
@@ -65,6 +65,7 @@ def save(
     if not graph.source:
         raise UsageError("the graph has no base on disk", str(folder), "save_pretrained the model, and open that")
     old = _previous(folder, overwrite)
+    seed = seed if seed is not None else (old.seed if old is not None else 0)
     steps = _steps(graph)
     base = manifest.describe_base(graph.source, folder, graph.config.model_type)
     written = text.render(graph)

@@ -91,6 +91,20 @@ def test_damaged_tensors_are_named(what: str, adapter: Path, tmp_path: Path) -> 
         assert len(str(caught.value).splitlines()) == 3
 
 
+def test_a_whole_table_beside_the_adapter_must_be_the_bases_own(adapter: Path, tmp_path: Path) -> None:
+    place = shutil.copytree(adapter, tmp_path / "work")
+    file, key = place / "adapter_model.safetensors", "base_model.model.model.embed_tokens.weight"
+    tensors, table = load_file(file), base_of("llama")[1].values["model.embed_tokens.weight"]
+    save_file({**tensors, key: table}, file)
+    assert "model.embed_tokens.weight" not in store.load_adapter(place).trainable()
+    save_file({**tensors, key: table + 1}, file)
+    with pytest.raises(UnsupportedError, match="not the base's own"):
+        store.load_adapter(place)
+    save_file({**tensors, key: torch.cat([table, table])}, file)
+    with pytest.raises(UnsupportedError, match="it was resized"):
+        store.load_adapter(place)
+
+
 def test_missing_files_and_pickles(adapter: Path, tmp_path: Path) -> None:
     place = shutil.copytree(adapter, tmp_path / "work")
     weights = (place / "adapter_model.safetensors").read_bytes()

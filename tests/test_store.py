@@ -99,7 +99,7 @@ def test_two_adapters_have_a_folder_each_that_peft_loads(tmp_path: Path) -> None
 
 
 def test_saving_again_keeps_what_others_wrote(tmp_path: Path) -> None:
-    place = store.save(adapted(("lora", LORA), ("vera", VERA)), tmp_path / "work")
+    place = store.save(adapted(("lora", LORA), ("vera", VERA)), tmp_path / "work", seed=4)
     (place / "checkpoint-5").mkdir()
     (place / "checkpoint-5" / "model.safetensors").write_bytes(b"state")
     (place / "loss.jsonl").write_text("{}\n")
@@ -113,6 +113,7 @@ def test_saving_again_keeps_what_others_wrote(tmp_path: Path) -> None:
         "surgery.json",
     }  # fmt: skip
     assert (place / "checkpoint-5" / "model.safetensors").read_bytes() == b"state"
+    assert json.loads((place / "surgery.json").read_text())["seed"] == 4
     assert torch.equal(logits(load_model(store.load(place)), graph), logits(load_model(graph), graph))
 
 
