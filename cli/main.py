@@ -21,11 +21,14 @@ from surgeon.errors import SurgeonError, UsageError, nearest
 COMMANDS: dict[str, str] = {
     "plan": "surgeon.cli.plan",
     "apply": "surgeon.cli.apply",
+    "train": "surgeon.cli.train",
+    "eval": "surgeon.cli.eval",
     "generate": "surgeon.cli.generate",
     "chat": "surgeon.cli.chat",
     "merge": "surgeon.cli.merge",
     "export": "surgeon.cli.export",
     "verify": "surgeon.cli.verify",
+    "show": "surgeon.cli.show",
     "passes": "surgeon.cli.passes",
     "doctor": "surgeon.cli.doctor",
 }

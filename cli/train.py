@@ -1,0 +1,158 @@
+"""`surgeon train`: train what was applied, in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from surgeon.cli import output
+from surgeon.errors import UsageError
+from surgeon.recipe import PRECISIONS, SCHEDULERS, Recipe, make_recipe
+
+if TYPE_CHECKING:
+    from surgeon.train import TrainReport
+
+HELP = {
+    "steps": "Optimiser steps.",
+    "epochs": "Passes over the data, where --steps is not given (1).",
+    "batch_size": "Samples of a batch.",
+    "gradient_accumulation": "Batches of a step.",
+    "lr": "Highest learning rate, of AdamW.",
+    "scheduler": f"Of the learning rate: {', '.join(SCHEDULERS)}.",
+    "warmup": "Steps over which it rises from 0, or a share of all below 1.",
+    "weight_decay": "AdamW's.",
+    "max_grad_norm": "Clip gradients to this norm; 0: not.",
+    "max_length": "Cut samples to this many tokens (the model's longest position).",
+    "seed": "Of the order of samples and of dropout.",
+    "precision": f"{' or '.join(PRECISIONS)}; bf16 is autocast.",
+    "gradient_checkpointing": "Recompute each layer in the backward pass: less memory, more time.",
+    "eval_every": "Steps between evaluations (the last step only).",
+    "save_every": "Steps between checkpoints (a tenth of the run).",
+}
+PANEL = "How to train"
+
+
+def with_recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that takes `**options` a flag for each field of Recipe; None where a flag is not given."""
+    signature = inspect.signature(function, eval_str=True)
+    own = [parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD]
+    hints = typing.get_type_hints(Recipe)
+    made = []
+    for field in dataclasses.fields(Recipe):
+        info = typer.Option("--" + field.name.replace("_", "-"), help=HELP[field.name], rich_help_panel=PANEL)
+        annotation = Annotated[hints[field.name], info]
+        made.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation))
+
+    @functools.wraps(function)
+    def inner(**given: Any) -> None:
+        function(**given)
+
+    inner.__signature__ = signature.replace(parameters=[*own, *made])  # type: ignore[attr-defined]
+    return inner
+
+
+@with_recipe_flags
+def command(
+    folder: Annotated[Path, typer.Argument(help="Work folder; with -o also a PEFT adapter folder.")] = Path("work"),
+    data: Annotated[Path, typer.Option(help="JSONL, JSON, CSV or Parquet: chat, alpaca, completion or text.")] = ...,  # type: ignore[assignment]
+    eval_data: Annotated[Path | None, typer.Option(help="Held-out data, evaluated at the end.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Train a copy here, not the work folder.")] = None,
+    resume: Annotated[bool, typer.Option(help="Continue from the newest checkpoint.")] = False,
+    base: Annotated[Path | None, typer.Option(help="The base, if it moved since the adapter was made.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …; default: a GPU if there is one.")] = "",
+    json: output.Json = False,
+    **options: Any,
+) -> None:
+    """Train the adapters of a work folder and save them into it, with loss.jsonl, loss.png and checkpoints.
+
+    A killed run leaves the folder as it was, with the checkpoints; --resume then gives the bits of an uninterrupted run.
+
+    Examples:
+        surgeon train work/ --data chat.jsonl
+        surgeon train work/ --data chat.jsonl --eval-data heldout.jsonl --epochs 3 --lr 1e-4
+        surgeon train work/ --data chat.jsonl --resume
+    """
+    from surgeon.data import load_rows
+
+    recipe = make_recipe(options)
+    rows, held_out = load_rows(data), None if eval_data is None else load_rows(eval_data)
+    target = _target(folder, out, base, resume)
+    model = _loaded(target, base, device, recipe)
+    from surgeon import store
+    from surgeon.manifest import read_manifest
+    from surgeon.render import render_rows, shown_sample
+    from surgeon.train import train
+
+    limit = recipe.max_length or getattr(model.config, "max_position_embeddings", None)
+    samples = render_rows(rows, model.tokenizer, limit)
+    evaluated = None if held_out is None else render_rows(held_out, model.tokenizer, limit)
+    if recipe.save_every is None:
+        recipe = dataclasses.replace(recipe, save_every=math.ceil(recipe.total_steps(len(samples)) / 10))
+    output.say(f"data: {samples.summary()}\nthe first sample, trained tokens in bold:")
+    output.console().print(shown_sample(samples.samples[0], model.tokenizer))
+    report = train(model, model.tokenizer, samples, out=target, eval_data=evaluated, resume=resume, recipe=recipe)
+    seed = read_manifest(target).seed
+    store.save(model.to("cpu").trained(), target, overwrite=True, seed=seed)
+    output.emit({"folder": target, **output.plain(report)}, json, _view(report))
+    if not json:
+        output.say(_next(target, eval_data))
+
+
+def _target(folder: Path, out: Path | None, base: Path | None, resume: bool) -> Path:
+    """The work folder to train; a copy of `folder` where `out` is given."""
+    from surgeon import api, store
+
+    target = out or folder
+    if out is not None and not (resume and store.is_work_folder(out)):
+        store.save(api.read(folder, base=base), out)
+    if not store.is_work_folder(target):
+        raise UsageError(f"{target} is no work folder", str(target.absolute()), f"surgeon apply MODEL -o {target}")
+    return target
+
+
+def _loaded(target: Path, base: Path | None, device: str, recipe: Recipe) -> Any:
+    """The model: all of it in fp32 for fp32 training; for bf16 the base as it is stored, the adapters in fp32."""
+    import torch
+
+    from surgeon import api
+
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if recipe.precision == "fp32" else None
+    try:
+        model = api.load(target, base=base, dtype=dtype, device=where)
+    except (RuntimeError, AssertionError) as error:
+        what = f"cannot use the device '{where}': {str(error).splitlines()[0]}"
+        raise UsageError(what, "--device", "cpu, or surgeon doctor to see what there is") from error
+    if model.tokenizer is None:
+        raise UsageError("the base has no tokenizer", str(model.graph.source), "put its tokenizer.json beside the config")
+    return model
+
+
+def _view(report: TrainReport) -> Any:
+    held_out = {} if report.eval_loss is None else {"held-out loss": f"{report.eval_loss:.4f}"}
+    resumed = {} if report.resumed_from is None else {"resumed from step": report.resumed_from}
+    return output.fields(
+        {
+            "steps": report.steps,
+            **resumed,
+            "loss": f"{report.first_loss:.4f} → {report.loss:.4f} nats per token",
+            **held_out,
+            "trained": f"{report.trainable_parameters:,} parameters",
+            "speed": f"{report.tokens_per_second:,.0f} tokens/s, {report.seconds:.1f} s",
+            "memory": f"{output.size(report.peak_rss_bytes)} peak",
+            "curve": report.plot,
+        }
+    )
+
+
+def _next(target: Path, eval_data: Path | None) -> str:
+    held_out = eval_data or "HELDOUT.jsonl"
+    return f"saved {target}; next: surgeon eval {target} --data {held_out}, or surgeon merge {target} -o merged/"
