@@ -94,12 +94,12 @@ class Edit:
         found: Any = self.node.args[position]
         while (mark := tag(found)) and mark.input and mark.site == self.node.name:
             found = source_of(found)
-        return found  # type: ignore[no-any-return]
+        return found
 
     @property
     def below(self) -> str:
         """The id of the last pass that changed what the site returns or reads, "" for none."""
-        returned, read = (tag(node) for node in (self.y, self.node.args[input_position(self.node)]))  # type: ignore[arg-type]
+        returned, read = (tag(node) for node in (self.y, self.node.args[input_position(self.node)]))
         if returned is not None and self.y is not self.node:
             return returned.owner
         return read.owner if read is not None and read.input and read.site == self.node.name else ""
@@ -133,19 +133,18 @@ class Edit:
             self._register(full, shape, init, trainable)
         if self.site.layer == "":
             return self._get(self.part, full, shape, self.y)
-        held = {
-            path: self._get(self.graph.trunk, full, shape, wiring.call_of(self.graph.trunk, path)) for path in self.paths
-        }
+        trunk = self.graph.trunk
+        held = {path: self._get(trunk, full, shape, wiring.calls_of(trunk, path)[0]) for path in self.paths}
         return self.hand(full.replace(".", "_"), held)
 
     def write_after(self, node: fx.Node) -> None:
         """The nodes that follow are written after `node` instead of after the site's output."""
         self._cursor = node
 
-    def copy(self, node: fx.Node, replaced: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    def copy(self, node: fx.Node, instead: Mapping[fx.Node, fx.Node]) -> fx.Node:
         """The same operation on other inputs."""
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), replaced)
-        return self.call(node.target, *args, **kwargs)  # type: ignore[arg-type]
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: instead.get(n, n))
+        return self.call(node.target, *args, **kwargs)
 
     def model_input(self, names: Mapping[str, str], label: str, like: fx.Node, shape: tuple[Any, ...]) -> fx.Node:
         """A new input of the model for every layer that shares the graph, handed into the layer.
@@ -162,7 +161,7 @@ class Edit:
         return made[0] if self.part is self.graph.trunk else self.hand(label, dict(zip(self.paths, made, strict=True)))
 
     def model_output(self, node: fx.Node, names: Mapping[str, str]) -> None:
-        """A node of this graph as an output of the model, for every layer that shares the graph; names by layer path."""
+        """A node of this graph as an output of the model, for every layer that shares it; names by layer path."""
         inside = self.part is not self.graph.trunk
         position = wiring.add_result(self.part, node) if inside else -1
         for path in self.paths:
@@ -179,8 +178,8 @@ class Edit:
             if node.op == "placeholder" and node.target == label:
                 return node
         for path in self.paths:
-            call = wiring.call_of(self.graph.trunk, path)
-            call.args = (*call.args, values[path])
+            for call in wiring.calls_of(self.graph.trunk, path):
+                call.args = (*call.args, values[path])
         return self._labelled(wiring.add_input(self.part, label), next(iter(values.values())).meta["val"])
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
@@ -193,7 +192,7 @@ class Edit:
             return self._labelled(node, target(*value[0], **value[1]))
 
     def linear(self, x: fx.Node, weight: fx.Node) -> fx.Node:
-        """x Wᵀ, `[.., in]` → `[.., out]`."""
+        """`[.., in]` → `[.., out]`, x Wᵀ."""
         return self.call(aten.linear.default, x, weight)
 
     def mul(self, x: fx.Node, factor: fx.Node | float) -> fx.Node:

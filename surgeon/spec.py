@@ -19,12 +19,14 @@ def check(graph: Graph, owner: str = "") -> None:
     for part, prefixes in graph.parts():
         part.lint()
         for node in part.nodes:
-            why = _illegal(graph, node, prefixes[0])
-            if why:
+            tensor = node.op == "get_attr"
+            found = [(prefix, why) for prefix in (prefixes if tensor else prefixes[:1]) if (why := _illegal(graph, node, prefix))]
+            if found:
+                prefix, why = found[0]
                 touched = tag(node).owner if tag(node) else owner  # type: ignore[union-attr]
                 raise SurgeonError(
                     f"illegal node {node.name}: {why}",
-                    f"{prefixes[0]}{path_of(node)}, last touched by {touched or 'capture'}",
+                    f"{prefix}{path_of(node)}, last touched by {touched or 'capture'}",
                     "report this with the output of surgeon show",
                 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from surgeon import wiring
 from surgeon.graph import Graph, Tag, copied, structure, sweep, tag
 from surgeon.run import owners
 from surgeon.sites import source_of
@@ -12,7 +13,7 @@ from surgeon.sites import source_of
 def without(graph: Graph, gone: set[str]) -> Graph:
     """The graph with the nodes and tensors of these passes taken out."""
     result = graph.copy()
-    result.trunk = _stripped(graph.trunk, gone)
+    result.trunk = _stripped(copied(graph.trunk)[0], gone)
     known = {id(part): _stripped(part, gone) for part, _ in graph.groups()}
     result.layers = {path: known[id(part)] for path, part in graph.layers.items()}
     _drop_unused_inputs(result)
@@ -67,14 +68,13 @@ def _below(part: fx.Graph, base: fx.Node, output: fx.Node, gone: set[str]) -> fx
 
 def _drop_unused_inputs(graph: Graph) -> None:
     """Shared tensors that no node of a layer reads any more are no longer handed to it."""
-    calls = {str(node.target): node for node in graph.trunk.nodes if node.op == "call_module"}
     for part, paths in graph.groups():
         inputs = [node for node in part.nodes if node.op == "placeholder"]
         dead = {i for i, node in enumerate(inputs) if not node.users and tag(node) is not None}
         if not dead:
             continue
         for path in paths:
-            call = calls[path]
-            call.args = tuple(arg for i, arg in enumerate(call.args) if i not in dead)
+            for call in wiring.calls_of(graph.trunk, path):
+                call.args = tuple(arg for i, arg in enumerate(call.args) if i not in dead)
         for i in dead:
             part.erase_node(inputs[i])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +12,15 @@ from torch import fx
 from surgeon.errors import UnsupportedError
 from surgeon.graph import INPUT, Graph, copied
 
+
+def inputs_of(part: fx.Graph) -> list[fx.Node]:
+    """The placeholders."""
+    return [node for node in part.nodes if node.op == "placeholder"]
+
+
 def add_input(part: fx.Graph, name: str) -> fx.Node:
     """A placeholder after those there are; `name` is what users see, dots and all."""
-    inputs = [node for node in part.nodes if node.op == "placeholder"]
-    with part.inserting_after(inputs[-1]):
+    with part.inserting_after(inputs_of(part)[-1]):
         made = part.placeholder(name.replace(".", "_"))
     if str(made.target) != name:
         made.meta[INPUT] = name
@@ -40,10 +46,15 @@ def call_of(trunk: fx.Graph, path: str) -> fx.Node:
     Raises:
         UnsupportedError: it is called more than once.
     """
-    calls = [node for node in trunk.nodes if node.op == "call_module" and node.target == path]
+    calls = calls_of(trunk, path)
     if len(calls) != 1:
         raise UnsupportedError(f"the layer is called {len(calls)} times", path)
     return calls[0]
+
+
+def calls_of(trunk: fx.Graph, path: str) -> list[fx.Node]:
+    """Every call of a layer, in order: ALBERT calls its one layer again and again."""
+    return [node for node in trunk.nodes if node.op == "call_module" and node.target == path]
 
 
 def result_of(trunk: fx.Graph, path: str, position: int) -> fx.Node:
@@ -55,10 +66,10 @@ def result_of(trunk: fx.Graph, path: str, position: int) -> fx.Node:
 
 def order(graph: Graph, key: Callable[[str], Any]) -> None:
     """Sort the trunk's inputs and outputs by a key of their public names; equal keys keep their order."""
-    inputs = [node for node in graph.trunk.nodes if node.op == "placeholder"]
+    inputs = inputs_of(graph.trunk)
     names = dict(zip(inputs, graph.inputs, strict=True))
     arranged = sorted(inputs, key=lambda node: key(names[node]))
-    for before, after in zip(arranged, arranged[1:]):
+    for before, after in itertools.pairwise(arranged):
         before.append(after)
     output = output_of(graph.trunk)
     results: Any = output.args[0]
@@ -72,7 +83,7 @@ def prune(graph: Graph) -> None:
     for shared, paths in graph.groups():
         part, _ = copied(shared)
         part.eliminate_dead_code(is_impure_node=_acts)
-        keep = [bool(node.users) for node in part.nodes if node.op == "placeholder"]
+        keep = [bool(node.users) for node in inputs_of(part)]
         for path in paths:
             call = call_of(graph.trunk, path)
             call.args = tuple(arg for arg, kept in zip(call.args, keep, strict=True) if kept)
@@ -89,10 +100,11 @@ def prune(graph: Graph) -> None:
 
 def _acts(node: fx.Node) -> bool:
     """Whether a node matters even if nothing reads it. Drawing random numbers does not: dead dropouts go."""
-    return node.op in ("placeholder", "output") or bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+    schema = getattr(node.target, "_schema", None)
+    return node.op in ("placeholder", "output") or bool(getattr(schema, "is_mutable", False))
 
 
 def _drop_inputs(part: fx.Graph) -> None:
-    for node in list(part.nodes):
-        if node.op == "placeholder" and not node.users:
+    for node in inputs_of(part):
+        if not node.users:
             part.erase_node(node)

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterable
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from benchmarks.zoo import build, families
 from surgeon.capture import capture_config
@@ -25,10 +25,14 @@ def model_of(name: str, task: str | None = None) -> PreTrainedModel:
 @functools.cache
 def graph_of(name: str, task: str | None = None) -> Graph:
     """That model captured, over its weights."""
-    model = model_of(name, task)
-    graph = capture_config(families.tiny_config(name), task or families.task_of(name))
+    graph = graph_over(model_of(name, task), families.tiny_config(name), task or families.task_of(name))
+    return dataclasses.replace(graph, source=name)
+
+
+def graph_over(model: PreTrainedModel, config: PretrainedConfig, task: str) -> Graph:
+    """A config captured, over the weights of a model of it."""
     values = {**dict(model.named_buffers()), **{k: v.detach() for k, v in model.state_dict().items()}}
-    return dataclasses.replace(graph, values=values, source=name)
+    return dataclasses.replace(capture_config(config, task), values=values)
 
 
 def inputs_of(graph: Graph, batch: int = 2, length: int = 7, seed: int = 0) -> list[torch.Tensor]:
