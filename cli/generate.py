@@ -37,7 +37,7 @@ def command(
     import torch
 
     from surgeon import api
-    from surgeon.generate import complete
+    from surgeon.chat import complete
 
     model = api.load(folder, base=base)
     torch.manual_seed(seed)
@@ -49,7 +49,9 @@ def command(
         output.write(f"{text}{more}\n")
 
 
-def sampling(tokens: int, temperature: float, top_p: float = 1.0, beams: int = 1, stop: list[str] | None = None) -> dict[str, Any]:
+def sampling(
+    tokens: int, temperature: float, top_p: float = 1.0, beams: int = 1, stop: list[str] | None = None
+) -> dict[str, Any]:
     """The options of `generate` for those of the command line.
 
     Raises:

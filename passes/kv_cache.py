@@ -1,4 +1,4 @@
-"""K/V cache: attention over keys and values of earlier tokens, which are inputs, and of new tokens, which are outputs too.
+"""K/V cache: keys and values of earlier tokens come in, those of all tokens go out.
 
 softmax(q · cat(past_k, k)ᵀ) cat(past_v, v): the same function of the whole text, computed a few tokens at a time.
 """
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from surgeon.sites import Site
 
 BOTH, PREFILL, STEP = "both", "prefill", "step"
+_INSTEAD = "generate without a cache: use_cache=False"
 _MASKS = ("attention_mask", "decoder_attention_mask")
 
 
@@ -65,7 +66,7 @@ class KvCache(Pass):
         place = lengths.mixing(graph)
         if place:
             what = f"kv_cache: {model} carries state from token to token that is no key or value"
-            raise UnsupportedError(what, place, "generate without a cache: use_cache=False")
+            raise UnsupportedError(what, place, _INSTEAD)
 
     def match(self, graph: Graph) -> list[Site | Skip]:
         """The decoder's attentions; an encoder's run once and have no cache."""
@@ -79,13 +80,11 @@ class KvCache(Pass):
 
     def rewrite(self, edit: Edit, site: Site) -> None:
         """k, v → cat(past k, k), cat(past v, v); masks for all tokens; positions from past on."""
-        from surgeon import lengths
-
         node = edit.node
         if _is_cross(node):
             self._encoder_states(edit)
             return
-        if not node.kwargs.get("causal") and len(lengths.masks_of(edit.part)) < 2 and not _biased(node):
+        if not node.kwargs.get("causal") and not _biased(node):
             raise UnsupportedError("kv_cache: this attention sees later tokens, which are not known yet", site.path)
         if not _is_borrowed(node):
             self._cache(edit)
@@ -116,7 +115,7 @@ class KvCache(Pass):
             dry_run(result)
         except RuntimeError as error:
             what = f"kv_cache: {result.config.model_type} mixes the length of the text with that of the new tokens"
-            raise UnsupportedError(what, str(error).splitlines()[0], "generate without a cache: use_cache=False") from error
+            raise UnsupportedError(what, str(error).splitlines()[0], _INSTEAD) from error
 
     def _cache(self, edit: Edit) -> None:
         import torch
@@ -159,7 +158,7 @@ def _biased(node: fx.Node) -> bool:
 
 def _is_borrowed(node: fx.Node) -> bool:
     """Whether the keys are another attention's: handed in by an earlier layer, or already with their past."""
-    return node.args[1].op == "placeholder" or _source(node) is not node.args[1]  # type: ignore[union-attr]
+    return node.args[1].op == "placeholder" or _source(node) is not node.args[1]
 
 
 def _source(node: fx.Node) -> fx.Node:
@@ -167,8 +166,8 @@ def _source(node: fx.Node) -> fx.Node:
     from surgeon.graph import tag
 
     keys = node.args[1]
-    ours = tag(keys) is not None and keys.target.__name__ == "cat.default"  # type: ignore[arg-type,union-attr]
-    return keys.args[0][1] if ours else keys  # type: ignore[union-attr,return-value]
+    ours = tag(keys) is not None and keys.target.__name__ == "cat.default"
+    return keys.args[0][1] if ours else keys
 
 
 def _names(edit: Edit, stem: str, word: str) -> dict[str, str]:
@@ -185,7 +184,7 @@ def _numbers(edit: Edit, cross: bool) -> dict[tuple[str, str], int]:
     from surgeon import lengths
 
     length, numbers = lengths.length_of(edit.graph), dict[tuple[str, str], int]()
-    parts = {**edit.graph.layers, **{path: edit.part for path in edit.paths}}
+    parts = {**edit.graph.layers, **dict.fromkeys(edit.paths, edit.part)}
     for step in edit.graph.trunk.nodes:
         path = str(step.target) if step.op == "call_module" else ""
         inner = lengths.attentions(parts[path]) if path else [step] if step.target is lengths.ATTENTION_OP else []
@@ -212,9 +211,9 @@ def _lengthen_masks(edit: Edit) -> None:
     length = lengths.length_of(edit.graph)
     for position in (3, 4):
         mask = edit.node.args[position] if position < len(edit.node.args) else None
-        if mask is not None and mask.op != "placeholder" and lengths.axes(mask, length):  # type: ignore[union-attr]
-            whole = lengths.extended(edit, mask, length, rows=position == 4)  # type: ignore[arg-type]
-            mask.replace_all_uses_with(whole, delete_user_cb=lambda user, whole=whole: user is not whole)  # type: ignore[union-attr]
+        if mask is not None and mask.op != "placeholder" and lengths.axes(mask, length):
+            whole = lengths.extended(edit, mask, length, rows=position == 4)
+            mask.replace_all_uses_with(whole, delete_user_cb=lambda user, whole=whole: user is not whole)
 
 
 def _shift_positions(edit: Edit) -> None:
@@ -260,7 +259,7 @@ def _check_origin(graph: Graph, mask: fx.Node) -> None:
     for node in lengths.ancestors([mask]):
         if node.op == "placeholder" and str(node.target) not in _MASKS:
             what = f"kv_cache: an attention mask of {graph.config.model_type} is computed from {node.target}"
-            raise UnsupportedError(what, mask.name, "generate without a cache: use_cache=False")
+            raise UnsupportedError(what, mask.name, _INSTEAD)
 
 
 def _place(name: str) -> tuple[int, int, str]:

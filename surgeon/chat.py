@@ -1,18 +1,50 @@
-"""Talking to a model: a conversation in the tokenizer's own chat template, answered piece by piece."""
+"""Text in, text out: prompts continued, and conversations in the tokenizer's own chat template."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import TextStreamer
 
 from surgeon.errors import UsageError
 from surgeon.generate import generator
+from surgeon.graph import Graph
 from surgeon.module import GraphModule
 
 
-class _Pieces(TextStreamer):  # type: ignore[misc]
+def complete(loaded: GraphModule, tokenizer: Any, prompts: Sequence[str], **options: Any) -> list[str]:
+    """The continuation of each prompt, generated together; `options` are those of `generate`.
+
+    Raises:
+        UsageError: there is no tokenizer, or a prompt has no token.
+    """
+    tokenizer = _for_generation(tokenizer, loaded.graph)
+    encoded = tokenizer(list(prompts), return_tensors="pt", padding=len(prompts) > 1, padding_side="left")
+    if encoded["input_ids"].shape[1] == 0:
+        raise UsageError("the prompt is empty", "--prompt", "give it some text")
+    start = 0 if loaded.graph.task == "seq2seq-lm" else encoded["input_ids"].shape[1]
+    model = generator(loaded)
+    given = {name: value.to(model.device) for name, value in encoded.items() if name in ("input_ids", "attention_mask")}
+    made = model.generate(**given, tokenizer=tokenizer, **{"pad_token_id": tokenizer.pad_token_id, **options})
+    texts: list[str] = tokenizer.batch_decode(made[:, start:], skip_special_tokens=True)
+    return texts
+
+
+def _for_generation(tokenizer: Any, graph: Graph) -> Any:
+    """The tokenizer with a pad token: its own, or the end of text, which a mask hides anyway."""
+    if tokenizer is None:
+        where = graph.source or graph.config.model_type
+        raise UsageError("there is no tokenizer", where, "put tokenizer.json beside it")
+    if tokenizer.pad_token_id is not None:
+        return tokenizer
+    padded = copy.deepcopy(tokenizer)
+    padded.pad_token = padded.eos_token if padded.eos_token is not None else padded.convert_ids_to_tokens(0)
+    return padded
+
+
+class _Pieces(TextStreamer):
     """Hands each finished piece of text to a function."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
@@ -92,7 +124,7 @@ class Chat:
 
 
 def chat_turns(chat: Chat, read: Callable[[], str], write: Callable[[str], None]) -> int:
-    """Answer what `read` gives until it raises EOFError or says `/exit`; `/reset` starts anew. Returns the answers given."""
+    """Answer what `read` gives until it raises EOFError or says `/exit`; returns how often. `/reset` starts anew."""
     answers = 0
     while True:
         try:

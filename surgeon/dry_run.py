@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 from surgeon import module
 from surgeon.graph import Graph
+from surgeon.wiring import inputs_of
 
 
 def dry_run(graph: Graph) -> tuple[tuple[int, ...], ...]:
@@ -24,7 +25,7 @@ def dry_run(graph: Graph) -> tuple[tuple[int, ...], ...]:
     Raises:
         RuntimeError: shapes do not fit; torch's message.
     """
-    inputs = [node.meta["val"] for node in graph.trunk.nodes if node.op == "placeholder"]
+    inputs = [node.meta["val"] for node in inputs_of(graph.trunk)]
     symbols = sorted({s for value in inputs for size in value.shape for s in _expression(size).free_symbols}, key=str)
     numbers = {symbol: 3 + i for i, symbol in enumerate(symbols)}
     shapes = [tuple(int(_expression(size).xreplace(numbers)) for size in value.shape) for value in inputs]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from surgeon.graph import Graph
 from surgeon.head import find_head
 from surgeon.module import GraphModule
 from surgeon.passes import make
+from surgeon.wiring import inputs_of
 
 _cached: weakref.WeakKeyDictionary[fx.Graph, dict[str, Graph | None]] = weakref.WeakKeyDictionary()
 
@@ -37,35 +37,6 @@ def cached_graph(graph: Graph, phase: str = "both") -> Graph | None:
         except UnsupportedError:
             known[phase] = None
     return known[phase]
-
-
-def complete(loaded: GraphModule, tokenizer: Any, prompts: Sequence[str], **options: Any) -> list[str]:
-    """The continuation of each prompt, generated together; `options` are those of `generate`.
-
-    Raises:
-        UsageError: there is no tokenizer, or a prompt has no token.
-    """
-    tokenizer = _for_generation(tokenizer, loaded.graph)
-    encoded = tokenizer(list(prompts), return_tensors="pt", padding=len(prompts) > 1, padding_side="left")
-    if encoded["input_ids"].shape[1] == 0:
-        raise UsageError("the prompt is empty", "--prompt", "give it some text")
-    start = 0 if loaded.graph.task == "seq2seq-lm" else encoded["input_ids"].shape[1]
-    model = generator(loaded)
-    given = {name: value.to(model.device) for name, value in encoded.items() if name in ("input_ids", "attention_mask")}
-    made = model.generate(**given, tokenizer=tokenizer, **{"pad_token_id": tokenizer.pad_token_id, **options})
-    texts: list[str] = tokenizer.batch_decode(made[:, start:], skip_special_tokens=True)
-    return texts
-
-
-def _for_generation(tokenizer: Any, graph: Graph) -> Any:
-    """The tokenizer with a pad token: its own, or the end of text, which a mask hides anyway."""
-    if tokenizer is None:
-        raise UsageError("there is no tokenizer", graph.source or graph.config.model_type, "put tokenizer.json beside it")
-    if tokenizer.pad_token_id is not None:
-        return tokenizer
-    padded = copy.deepcopy(tokenizer)
-    padded.pad_token = padded.eos_token if padded.eos_token is not None else padded.convert_ids_to_tokens(0)
-    return padded
 
 
 def generator(loaded: GraphModule) -> Generator:
@@ -85,7 +56,7 @@ def generator(loaded: GraphModule) -> Generator:
     raise UsageError(f"a model for {graph.task} does not generate", graph.source or graph.config.model_type)
 
 
-class Generator(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class Generator(PreTrainedModel, GenerationMixin):
     """What `GenerationMixin` needs of a model; the subclasses run the graphs."""
 
     main_input_name = "input_ids"
@@ -103,7 +74,7 @@ class Generator(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         self.runners = nn.ModuleList(module.rebind(graph, loaded) for graph in found if graph is not None)
         self.eval()
 
-    def can_generate(self) -> bool:  # type: ignore[override]
+    def can_generate(self) -> bool:
         """It does nothing else."""
         return True
 
@@ -114,7 +85,7 @@ class Generator(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             options["use_cache"] = False
         return super().generate(*args, **options)
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> None:
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *_: Any, **__: Any) -> None:
         """A cache that keeps every token: windows are the attention node's own business."""
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
@@ -230,8 +201,9 @@ def _generation_config(graph: Graph) -> GenerationConfig:
 def _logits(runner: GraphModule, given: dict[str, Any], keep: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The logits, only of the last `keep` tokens if it is not 0, and every output by name."""
     head = find_head(runner.graph) if keep else None
-    inputs = [given[name] for name in runner.graph.inputs]
-    results = dict(zip(runner.graph.outputs, runner.run(head.body if head else runner.graph.trunk, *inputs), strict=True))
+    trunk = head.body if head else runner.graph.trunk
+    outputs = runner.run(trunk, *[given[name] for name in runner.graph.inputs])
+    results = dict(zip(runner.graph.outputs, outputs, strict=True))
     last = results["logits"][:, -keep:] if keep else results["logits"]
     return (head.logits(runner, last) if head else last), results
 
@@ -239,8 +211,7 @@ def _logits(runner: GraphModule, given: dict[str, Any], keep: int) -> tuple[torc
 def _read(runner: GraphModule, caches: dict[str, DynamicCache], batch: int) -> dict[str, torch.Tensor]:
     """The cache's keys and values under the names of the graph's inputs; empty ones where there are none yet."""
     given = {}
-    inputs = [node for node in runner.graph.trunk.nodes if node.op == "placeholder"]
-    for name, node in zip(runner.graph.inputs, inputs, strict=True):
+    for name, node in zip(runner.graph.inputs, inputs_of(runner.graph.trunk), strict=True):
         if name.startswith("past_key_values."):
             layers, number, word = _slot(name, caches)
             if number < len(layers) and layers[number].is_initialized:

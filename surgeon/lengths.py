@@ -18,12 +18,13 @@ from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
+from surgeon import ops
 from surgeon.edit import Edit
 from surgeon.graph import Graph, path_of
-from surgeon.masks import Mask
+from surgeon.wiring import inputs_of
 
 aten = torch.ops.aten
-assert Mask  # registers the attention operator
+assert ops  # registers the attention operator
 ATTENTION_OP = torch.ops.surgeon.attention.default
 _ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 _MASK = ("input_ids", "attention_mask")
@@ -32,7 +33,7 @@ _SCANS = ("conv", "cumsum", "cumprod", "flip", "roll", "scan", "while_loop", "un
 
 def token_ids(graph: Graph) -> fx.Node:
     """The input with the decoder's token ids `[b, t]`."""
-    inputs = {str(node.target): node for node in graph.trunk.nodes if node.op == "placeholder"}
+    inputs = {str(node.target): node for node in inputs_of(graph.trunk)}
     return inputs["decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"]
 
 
@@ -55,7 +56,8 @@ def is_length(value: object, length: str) -> bool:
 def axes(node: fx.Node, length: str) -> list[int]:
     """The axes of a node's tensor that are t long."""
     value = node.meta.get("val")
-    return [i for i, size in enumerate(value.shape) if symbol(size) == length] if isinstance(value, torch.Tensor) else []
+    sizes_of = value.shape if isinstance(value, torch.Tensor) else ()
+    return [axis for axis, size in enumerate(sizes_of) if symbol(size) == length]
 
 
 def ancestors(roots: Iterable[object]) -> list[fx.Node]:
@@ -109,13 +111,8 @@ def sizes(edit: Edit) -> tuple[fx.Node, fx.Node]:
             node.meta["size"] = word
     if edit.part is trunk.part:
         return known["past"], known["total"]
-    past, total = (edit.hand(f"{w}_length", {path: known[w] for path in edit.paths}) for w in ("past", "total"))
+    past, total = (edit.hand(f"{w}_length", dict.fromkeys(edit.paths, known[w])) for w in ("past", "total"))
     return past, total
-
-
-def inputs_of(part: fx.Graph) -> list[fx.Node]:
-    """The placeholders."""
-    return [node for node in part.nodes if node.op == "placeholder"]
 
 
 def comes_from_layer(node: fx.Node) -> bool:
@@ -138,8 +135,8 @@ def extended(edit: Edit, root: fx.Node, length: str, *, rows: bool) -> fx.Node:
     for node in chain:
         sized = any(is_length(source, length) for source in node.all_input_nodes)
         if sized or any(source in copies for source in node.all_input_nodes):
-            total = sizes(edit)[1] if sized else node
-            copies[node] = edit.copy(node, lambda n: total if is_length(n, length) else copies.get(n, n))
+            total = {n: sizes(edit)[1] for n in node.all_input_nodes if is_length(n, length)}
+            copies[node] = edit.copy(node, {**copies, **total})
     result = copies.get(root, root)
     if rows and symbol(root.meta["val"].shape[-2]) == length:
         past, total = sizes(edit)
@@ -148,14 +145,14 @@ def extended(edit: Edit, root: fx.Node, length: str, *, rows: bool) -> fx.Node:
 
 
 def lengthen_input(graph: Graph) -> None:
-    """Declare that the key mask among the inputs is for all tokens, and what follows from it for other nodes' shapes."""
+    """Declare that the key mask among the inputs is for all tokens, and the shapes that follow from it."""
     new = token_ids(graph).meta["val"]
     mask = next((n for n in inputs_of(graph.trunk) if n.target == str(token_ids(graph).target).replace(*_MASK)), None)
     if mask is None:
         return
+    shape, dtype = (new.shape[0], new.shape[1] + past_symbol(graph)), mask.meta["val"].dtype
     with new.fake_mode:
-        value = torch.empty((new.shape[0], new.shape[1] + past_symbol(graph)), dtype=mask.meta["val"].dtype, device="meta")
-    mask.meta["val"] = value
+        mask.meta["val"] = torch.empty(shape, dtype=dtype, device="meta")
     given = _revalue(graph.trunk, {mask})
     for call in [node for node in graph.trunk.nodes if node.op == "call_module"]:
         layer = graph.layers[str(call.target)]
@@ -172,7 +169,7 @@ def _revalue(part: fx.Graph, changed: set[fx.Node]) -> set[fx.Node]:
         if reads and any(source in changed for source in node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
             with contextlib.suppress(RuntimeError):  # shapes that do not fit are found by `surgeon.dry_run`
-                node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+                node.meta["val"] = node.target(*args, **kwargs)
                 changed.add(node)
     return changed
 
@@ -180,9 +177,7 @@ def _revalue(part: fx.Graph, changed: set[fx.Node]) -> set[fx.Node]:
 def positions(part: fx.Graph, length: str) -> list[fx.Node]:
     """The `arange(t)` that number the new tokens: all but those that masks and biases are computed from."""
     hidden = set(ancestors(masks_of(part)))
-    return [
-        node for node in part.nodes if node.target in _ARANGES and node not in hidden and axes(node, length) == [0]
-    ]
+    return [node for node in part.nodes if node.target in _ARANGES and node not in hidden and axes(node, length) == [0]]
 
 
 def mixing(graph: Graph) -> str:
@@ -214,17 +209,15 @@ def _trunk_masks(graph: Graph, part: fx.Graph) -> list[fx.Node]:
 
 def fed(layer: fx.Graph, call: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
     """A layer's inputs with what a call of it gives them."""
-    return list(zip(inputs_of(layer), call.args, strict=True))  # type: ignore[arg-type]
+    return list(zip(inputs_of(layer), call.args, strict=True))
 
 
 def _mixes(node: fx.Node, length: str) -> bool:
     value = node.meta.get("val")
     if node.op != "call_function" or not isinstance(value, torch.Tensor) or node.target is ATTENTION_OP:
         return False
-    names = [symbol(size) for size in value.shape]
-    if names.count(length) > 1 or any(length in name and not _multiple(size) for name, size in zip(names, value.shape)):
-        return True
-    return bool(axes(node, length)) and _scans(node, length)
+    odd = any(length in symbol(size) and not _multiple(size) for size in value.shape)
+    return odd or len(axes(node, length)) > 1 or (bool(axes(node, length)) and _scans(node, length))
 
 
 def _scans(node: fx.Node, length: str) -> bool:
