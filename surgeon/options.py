@@ -152,6 +152,14 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     return name, values
 
 
+def documented_spec(step: Pass) -> str:
+    """`Pass.spec` of the options alone, without what a pass keeps for itself."""
+    kept = {field.name: field.default for field in dataclasses.fields(step)}
+    for option in options_of(type(step)):
+        kept[option.name] = getattr(step, option.name)
+    return type(step)(**kept).spec()
+
+
 def _arguments(text: str) -> Iterator[str]:
     """`a=1, b='x, y', c=*.{q,v}_proj` at the commas before each `name=`, not inside quotes or brackets."""
     depth, quote, start = 0, "", 0
