@@ -40,6 +40,8 @@ def clean(graph: fx.Graph) -> None:
             graph.erase_node(node)
         elif node.target in _COPIES or _is_full_slice(node):
             _forward(graph, node, node.args[0])
+        elif node.target is aten.cat.default and (only := _only_part(node)) is not None:
+            _forward(graph, node, only)
         elif node.target in _CASTS:
             _retarget_cast(graph, node)
         elif node.op == "call_function":
@@ -81,6 +83,13 @@ def _changes_weights(node: fx.Node) -> bool:
     if isinstance(source, fx.Node) and source.target is aten.detach.default:
         source = source.args[0]
     return isinstance(source, fx.Node) and source.op == "get_attr"
+
+
+def _only_part(node: fx.Node) -> fx.Node | None:
+    """What is concatenated to nothing, as the first keys and values of an empty cache are."""
+    parts: Any = node.args[0]
+    filled = [part for part in parts if tuple(part.meta["val"].shape) != (0,)]
+    return filled[0] if len(filled) == 1 < len(parts) else None
 
 
 def _symbol(size: Any) -> str:

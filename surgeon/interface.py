@@ -16,9 +16,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from surgeon import masks
+from surgeon.errors import UnsupportedError
 from surgeon.masks import Mask, MaskFunction
 
 NAME = "surgeon"
+# Tensors that models pass on to every attention and that only other implementations than SDPA read.
+_HARMLESS = ("position_ids", "cache_position")
 
 
 @dataclass
@@ -94,9 +97,12 @@ def _attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """One `surgeon::attention` node; returns `[b, t, h, d_v]` as transformers expects."""
+    for name, given in others.items():
+        if isinstance(given, torch.Tensor) and name not in _HARMLESS:
+            raise UnsupportedError(f"the attention takes {name}, which the attention node has not", type(module).__name__)
     description: Mask | None = getattr(attention_mask, "surgeon_mask", None)
     keys, bias = attention_mask, position_bias
     if attention_mask is None:

@@ -23,7 +23,7 @@ _SIMPLE = (int, float, bool, str, type(None), torch.dtype)
 
 
 class Retrace(Exception):
-    """The trace assumed two layers equal that are not; trace again with the kind in `private`."""
+    """The trace assumed two layers equal that are not; trace again with the kind, or the layer's path, in `private`."""
 
 
 class LayerIndex:
@@ -82,6 +82,7 @@ class LayerTracer:
         self.model, self.share, self.private = model, share, private
         self.kinds: dict[str, Kind] = {}
         self.paths: list[str] = []
+        self._shapes: set[str] = set()
         self._undo: list[Callable[[], None]] = []
         self._indices: dict[str, list[LayerIndex]] = {}
 
@@ -93,7 +94,8 @@ class LayerTracer:
                 path = f"{list_path}.{position}"
                 self.paths.append(path)
                 shape = f"{list_path}|{signature(layer, names)}"
-                if self.share and shape in seen and shape not in self.private:
+                self._shapes.add(shape)
+                if self.share and shape in seen and not self.private & {shape, path}:
                     self._replace(layers, position, path, shape)
                 else:
                     seen.add(shape)
@@ -133,7 +135,8 @@ class LayerTracer:
         if any(kind.path == path for kind in self.kinds.values()):  # one module called again (ALBERT)
             return self._follow(path, shape, args, kwargs)
         if any(_is_foreign(leaf) for leaf in leaves) and self.share and shape not in self.private:
-            self.private.add(shape)
+            # What one layer of a list is given to write into, all of them are: none of them is shared.
+            self.private.update(other for other in self._shapes if _list_of(other) == _list_of(shape))
             raise Retrace
         entered = torch.ops.surgeon.enter([leaves[i] for i in tensors], path)
         for position, tensor in zip(tensors, entered, strict=True):
@@ -152,8 +155,8 @@ class LayerTracer:
     def _follow(self, path: str, shape: str, args: Any, kwargs: Any) -> Any:
         key, leaves, _, tensors, sizes = _call_key(shape, args, kwargs)
         kind = self.kinds.get(key)
-        if kind is None:  # called differently from the layer it looks like
-            self.private.add(shape)
+        if kind is None:  # called differently from the layer it looks like: the first of a kind of its own
+            self.private.add(path)
             raise Retrace
         kind.followers.append(path)
         outputs = [leaf for leaf in kind.outputs if isinstance(leaf, torch.Tensor)]
@@ -166,6 +169,10 @@ class LayerTracer:
         for before, after in zip(kind.outputs, results, strict=True):
             _keep_description(before, after)
         return pytree.tree_unflatten(results, kind.structure)
+
+
+def _list_of(shape: str) -> str:
+    return shape.partition("|")[0]
 
 
 _STACK: list[list[torch.Tensor]] = []
