@@ -7,6 +7,7 @@ Layout: PEFT 0.21, `peft.utils.save_and_load`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -148,10 +149,11 @@ def peft_config(graph: Graph, owner: str, step: Adapter) -> dict[str, Any]:
     # PEFT insists on a saved head for these tasks; without a task it loads the adapter alone.
     task_type = None if loads_head else TASK_TYPES[graph.task]
     architecture = (graph.config.architectures or [None])[0]
+    base, revision = base_name(graph.source)
     parent = f"transformers.models.{graph.config.model_type}.modeling_{graph.config.model_type}"
     return {
         "auto_mapping": None if task_type else {"base_model_class": architecture, "parent_library": parent},
-        "base_model_name_or_path": str(Path(graph.source).absolute()) if graph.source else None,
+        "base_model_name_or_path": base,
         "bias": {"none": "none", "sites": step.peft_bias, "all": "all"}[step.bias],
         "inference_mode": True,
         "layers_pattern": None,
@@ -159,11 +161,18 @@ def peft_config(graph: Graph, owner: str, step: Adapter) -> dict[str, Any]:
         "modules_to_save": heads or None,
         "peft_type": step.peft_type,
         "peft_version": FORMAT_VERSION,
-        "revision": None,
+        "revision": revision,
         "target_modules": target_modules([site.path for site in sites], _modules(graph)),
         "task_type": task_type,
         **step.peft_config(sites),
     }
+
+
+def base_name(source: str) -> tuple[str, str | None]:
+    """How an adapter names its base: hub id and revision for a folder of the hub's cache, else the absolute path."""
+    folder = Path(source).absolute()
+    found = re.fullmatch(r".*/models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})", folder.as_posix())
+    return (f"{found[1]}/{found[2]}", found[3]) if found else (str(folder), None)
 
 
 def _modules(graph: Graph) -> set[str]:

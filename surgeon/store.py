@@ -74,7 +74,7 @@ def save(
     )
     with atomic_folder(folder, overwrite=overwrite) as new:
         if old is not None:
-            _carry(folder, new, {*_OURS, *(step.folder for step in old.passes if step.folder not in ("", "."))})
+            _carry(folder, new, {*_OURS, *(step.folder for step in (*old.passes, *steps))})
         for step, applied in zip(steps, graph.applied, strict=True):
             _write_step(graph, step, applied, new)
         (new / TEXT).write_text(written, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from surgeon.peft_files import base_name
 from surgeon.peft_targets import lookup, patterns, target_modules, targeted
 
 
@@ -20,3 +21,12 @@ def test_patterns_are_written_short_and_exact() -> None:
     assert all(lookup(found, path, 8) == value for path, value in values.items())
     assert patterns({"a.0.q": 4, "a.1.q": 4, "a.0.k": 8}, 8) == {"q": 4}
     assert patterns({"a.q": 8}, 8) == {}
+
+
+def test_a_base_of_the_hub_is_named_by_its_id() -> None:
+    revision = "0123456789" * 4
+    assert base_name(f"/home/me/.cache/hub/models--org--some-model/snapshots/{revision}") == (
+        "org/some-model",
+        revision,
+    )
+    assert base_name("/models/org--some-model") == ("/models/org--some-model", None)
