@@ -19,6 +19,7 @@ from surgeon.errors import SurgeonError, UsageError, nearest
 # Command name -> module with a function `command`, in the order `--help` lists them. A module is imported when its
 # command runs, and all of them for `--help`: none may import torch or transformers at module level.
 COMMANDS: dict[str, str] = {
+    "demo": "surgeon.cli.demo",
     "plan": "surgeon.cli.plan",
     "apply": "surgeon.cli.apply",
     "train": "surgeon.cli.train",
