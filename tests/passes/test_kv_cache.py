@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache, Lfm2Config
 
 from benchmarks.zoo import build, families, graphs
 from surgeon import module, run
+from surgeon.capture import capture_config
 from surgeon.errors import UnsupportedError, UsageError
 from surgeon.graph import Graph
 from surgeon.passes import make
@@ -135,6 +136,16 @@ def test_an_encoder_decoder_step_has_no_encoder() -> None:
 def test_models_without_an_attention_node_are_refused(family: str) -> None:
     with pytest.raises(UnsupportedError, match=f"kv_cache needs an attention node, and {family} was captured without"):
         run.apply(graphs.graph_of(family), make("kv_cache"))
+
+
+def test_recurrent_state_is_refused_by_its_place() -> None:
+    config = Lfm2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, layer_types=["conv", "full_attention"],
+    )  # fmt: skip
+    with pytest.raises(UnsupportedError, match="lfm2 carries state from token to token") as error:
+        run.apply(capture_config(config, "causal-lm"), make("kv_cache"))
+    assert error.value.where.startswith("model.layers.0.conv")
 
 
 def test_encoders_are_refused() -> None:
