@@ -146,11 +146,12 @@ def _write_configs(graph: Graph, folder: Path, tokenizer: Any, dtype: torch.dtyp
     config._name_or_path = ""
     config.architectures = graph.config.architectures
     config.save_pretrained(folder)
-    try:
-        generation = transformers.GenerationConfig.from_pretrained(graph.source) if graph.source else None
-    except OSError:
-        generation = None
-    (generation or transformers.GenerationConfig.from_model_config(config)).save_pretrained(folder)
+    stored = Path(graph.source, "generation_config.json") if graph.source else None
+    if stored and stored.is_file():
+        generation = transformers.GenerationConfig.from_pretrained(graph.source)
+    else:
+        generation = transformers.GenerationConfig.from_model_config(config)
+    generation.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

@@ -70,8 +70,8 @@ def _join(
     def segment(number: int) -> None:
         if (piece := pieces.get(number)) is None:
             return
-        examples = (tuple(run[node] for node in piece.inputs) for run in (first, second))
-        model = _lower(piece.graph, *examples, "the trunk")
+        one, two = (tuple(run[node] for node in piece.inputs) for run in (first, second))
+        model = _lower(piece.graph, one, two, "the trunk")
         made = joined.stamp(model, f"trunk_{number}/", {i: values[node] for i, node in enumerate(piece.inputs)})
         values.update(zip(piece.outputs, made, strict=True))
 
@@ -82,13 +82,14 @@ def _join(
         args = {i: values[n] for i, n in enumerate(call.args) if isinstance(n, fx.Node) and n not in numbers}
         args.update({i: joined.tensor(name) for i, name in enumerate(tensors, start=len(call.args))})
         made = joined.stamp(model, f"{call.target}/", args)
-        values.update({user: made[int(user.args[1])] for user in call.users})  # type: ignore[call-overload]
+        values.update({user: made[int(str(user.args[1]))] for user in call.users})
         segment(number)
     return [values[node] for node in _results(trunk)]
 
 
 def _results(trunk: Part) -> list[fx.Node]:
-    return list(next(iter(reversed(trunk.graph.nodes))).args[0])  # type: ignore[arg-type]
+    output: Any = next(iter(reversed(trunk.graph.nodes)))
+    return list(output.args[0])
 
 
 def _run(
