@@ -104,5 +104,3 @@ def _strip(model: ir.Model) -> None:
     for value in [*model.graph.inputs, *model.graph.initializers.values()]:
         value.metadata_props.clear()
         value.doc_string = None
-
-

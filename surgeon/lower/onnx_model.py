@@ -44,9 +44,7 @@ def build(graph: Graph, dtype: torch.dtype) -> ir.Model:
     return finish(joined, inputs, results, _outputs(graph, trunk, runs[0]))
 
 
-def _layer(
-    graph: Graph, models: dict[int, ir.Model], layers: dict[int, Part], path: str
-) -> tuple[ir.Model, list[str]]:
+def _layer(graph: Graph, models: dict[int, ir.Model], layers: dict[int, Part], path: str) -> tuple[ir.Model, list[str]]:
     key = id(graph.layers[path])
     return models[key], [graph.resolve(f"{path}.{name}") for name in layers[key].tensors]
 
