@@ -145,7 +145,9 @@ def read_tensor(graph: Graph, name: str, dtype: torch.dtype | None, device: torc
     else:
         raise UsageError(f"no value for {name}", graph.source or type(graph.config).__name__, "load a checkpoint")
     wanted = spec.dtype or (dtype if tensor.is_floating_point() else None)
-    return tensor.to(device=device, dtype=wanted or tensor.dtype)
+    # A tensor of the base that trained itself may be held in more bits than the base has.
+    own = graph.values[name].dtype if name in graph.inserted and name in graph.values else tensor.dtype
+    return tensor.to(device=device, dtype=wanted or own)
 
 
 def place(root: nn.Module, name: str, tensor: torch.Tensor, spec: TensorSpec) -> None:
