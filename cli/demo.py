@@ -167,7 +167,8 @@ def same_tokens(work: Path, onnx: Path) -> tuple[str, float]:
     inputs = model.tokenizer(PROMPT, return_tensors="pt")
     made = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0].tolist()
     prompt = inputs["input_ids"][0].tolist()
-    found = onnx_check.greedy(onnx / "model.onnx", [prompt], len(made) - len(prompt))[0]
+    session = onnx_check.open_session(onnx / "model.onnx")
+    found = onnx_check.decode(session, *onnx_check.left_padded([prompt]), len(made) - len(prompt))[0][0, len(prompt) :]
     same = sum(a == b for a, b in zip(made[len(prompt) :], found, strict=False))
     return str(model.tokenizer.decode(made)), same / max(1, len(made) - len(prompt))
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY, LENGTH, BATCH = 1024, 128, 8
@@ -129,6 +130,7 @@ def train_base(folder: Path, seconds: float, report: Callable[[float, int, float
         optimizer.zero_grad(set_to_none=True)
         smooth += 0.05 * (loss.item() - smooth)
         report(share, step, smooth)
+    transformers.utils.logging.disable_progress_bar()
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return smooth
