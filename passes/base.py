@@ -232,17 +232,20 @@ def head_paths(graph: Graph) -> set[str]:
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default_factory() if field.default is dataclasses.MISSING else field.default  # type: ignore[misc]
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def _check_type(owner: str, name: str, value: Any, default: Any) -> None:
     wanted = type(default)
     fits = isinstance(value, wanted) or (wanted is float and isinstance(value, int))
-    if not fits or (wanted is int and isinstance(value, bool)):
-        if not (wanted is tuple and isinstance(value, (list, dict))):
-            raise UsageError(
-                f"{owner}: option '{name}' is {value!r}", "", f"give a {wanted.__name__}, for example {default!r}"
-            )
+    if wanted is int and isinstance(value, bool):
+        fits = False
+    if not fits and not (wanted is tuple and isinstance(value, (list, dict))):
+        raise UsageError(
+            f"{owner}: option '{name}' is {value!r}", "", f"give a {wanted.__name__}, for example {default!r}"
+        )
 
 
 def _like(value: Any, default: Any) -> Any:

@@ -57,14 +57,14 @@ class Vera(Adapter):
         """With the shapes of A and B: the largest input and output among the sites."""
         import dataclasses
 
-        largest = {"max_in": max(site.inp for site in chosen), "max_out": max(site.out for site in chosen)}
-        if self.max_in and (self.max_in < largest["max_in"] or self.max_out < largest["max_out"]):
+        inp, out = max(site.inp for site in chosen), max(site.out for site in chosen)
+        if self.max_in and (self.max_in < inp or self.max_out < out):
             raise UsageError(
                 f"vera: the shared matrices are for {self.max_out} × {self.max_in}",
-                f"a site needs {largest['max_out']} × {largest['max_in']}",
+                f"a site needs {out} × {inp}",
                 "apply vera to all sites at once",
             )
-        return self if self.max_in else dataclasses.replace(self, **largest)
+        return self if self.max_in else dataclasses.replace(self, max_in=inp, max_out=out)
 
     def cost(self, site: Site) -> Cost:
         """rank + out parameters; x passes through slices of A and B."""

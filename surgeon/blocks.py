@@ -88,7 +88,7 @@ def _states(nodes: list[fx.Node]) -> set[fx.Node]:
 def _width(node: fx.Node) -> int | None:
     value = node.meta.get("val")
     fits = isinstance(value, torch.Tensor) and value.dim() == 3 and isinstance(value.shape[-1], int)
-    return int(value.shape[-1]) if fits else None  # type: ignore[union-attr]
+    return int(value.shape[-1]) if fits else None
 
 
 def _reading(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
@@ -170,7 +170,7 @@ def _function(names: set[str]) -> str:
 
 
 def _attention(node: fx.Node) -> str:
-    heads = [node.args[i].meta["val"].shape[1] for i in (0, 1)]  # type: ignore[union-attr]
+    heads = [node.args[i].meta["val"].shape[1] for i in (0, 1)]
     window = node.kwargs.get("window")
     return f"{heads[0]} heads, {heads[1]} K/V" + (f", window {window}" if window else "")
 
@@ -183,9 +183,9 @@ def _weight(node: Any) -> fx.Node | None:
 
 
 def _matrix(node: fx.Node, owner: str) -> Block:
-    position = {aten.addmm.default: 2, aten.embedding.default: 0}.get(node.target, 1)  # type: ignore[call-overload]
+    position = {aten.addmm.default: 2, aten.embedding.default: 0}.get(node.target, 1)
     weight = node.args[position]
-    shape = list(weight.meta["val"].shape)[-2:]  # type: ignore[union-attr]
+    shape = list(weight.meta["val"].shape)[-2:]
     inp, out = shape if node.target in (aten.addmm.default, aten.embedding.default) else reversed(shape)
     title = path_of(node).rpartition(".")[2] or operator_name(node)
     if owner:

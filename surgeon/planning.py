@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -225,10 +226,10 @@ def _flops(graph: Graph, trained: int, adapter: int) -> Flops:
     return Flops(base, adapter, forward, 2 * forward + 2 * trained, _per_layer(graph, _attention_flops))
 
 
-def _per_layer(graph: Graph, count: object) -> int:
+def _per_layer(graph: Graph, count: Callable[[Graph, fx.Node], int]) -> int:
     """A number summed over every node, counted once per distinct layer graph."""
     return sum(
-        len(prefixes) * count(graph, node)  # type: ignore[operator]
+        len(prefixes) * count(graph, node)
         for part, prefixes in graph.parts()
         for node in part.nodes
         if node.op == "call_function"
@@ -238,7 +239,7 @@ def _per_layer(graph: Graph, count: object) -> int:
 def _attention_flops(graph: Graph, node: fx.Node) -> int:
     if node.target is not torch.ops.surgeon.attention.default:
         return 0
-    q, v = node.args[0].meta["val"], node.args[2].meta["val"]  # type: ignore[union-attr]
+    q, v = node.args[0].meta["val"], node.args[2].meta["val"]
     return 2 * int(q.shape[1]) * (int(q.shape[3]) + int(v.shape[3]))
 
 
@@ -249,5 +250,5 @@ def _expert_flops(graph: Graph, node: fx.Node) -> int:
     config = graph.config.get_text_config()
     names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k", "moe_k")
     used = next((int(n) for name in names if isinstance(n := getattr(config, name, None), int) and n > 0), 1)
-    shape = node.args[1].meta["val"].shape  # type: ignore[union-attr]
+    shape = node.args[1].meta["val"].shape
     return 2 * used * int(shape[1]) * int(shape[2])

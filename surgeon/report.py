@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from surgeon.fold import Fold, folds, normals, oriented, stacked, value_of, without
+from surgeon.fold import Fold, folds, normals, oriented, stacked, value_of
 from surgeon.graph import Graph
 from surgeon.options import documented_spec
 from surgeon.planning import base_bytes, base_parameters
 from surgeon.run import owners
 from surgeon.sites import sites
+from surgeon.strip import without
 
 
 @dataclass(frozen=True)
