@@ -8,7 +8,8 @@ Bases: `small`, ../shared/models/pystdlib-llama (5.5M), with batches of 4 x 256 
 linears: LoRA of rank 16, VeRA of rank 256. AdamW; full batches with a mask of ones, as a data collator makes them.
 
 Seconds: both models live in one process and take steps in turn; the ratio is the median over the rounds of the two
-steps of a round, so that other work on the machine meets both. Memory: a process per measurement; the peak resident
+steps of a round, so that other work on the machine meets both. The processor's own time is given beside the wall's: it
+counts no waiting for a core that other work holds. Memory: a process per measurement; the peak resident
 size (VmHWM, reset after loading) of three steps above what the loaded model holds, its weights all touched and memory
 that loading had freed given back to the system. Blocks above 64 KB are mapped on their own there, so that the resident
 size follows what is allocated. Optimiser state and gradients count.
@@ -64,7 +65,9 @@ def peft_model(base: str, method: str) -> Any:
 
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     if method == "lora":
-        config: Any = peft.LoraConfig(r=RANKS["lora"], lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        config: Any = peft.LoraConfig(
+            r=RANKS["lora"], lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
     else:
         config = peft.VeraConfig(r=RANKS["vera"], target_modules="all-linear", task_type="CAUSAL_LM")
     return peft.get_peft_model(model, config)
@@ -98,16 +101,16 @@ class Steps:
         self.count = sum(p.numel() for p in trained)
         self.optimiser = torch.optim.AdamW(trained, lr=1e-4)
 
-    def __call__(self) -> float:
-        """One step; its seconds."""
-        began = time.perf_counter()
+    def __call__(self) -> tuple[float, float]:
+        """One step; its seconds on the wall and of the processor."""
+        began, worked = time.perf_counter(), time.process_time()
         with self.context():
             loss = self.model(**self.batch).loss
         loss.backward()
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        self.loss = float(loss)
-        return time.perf_counter() - began
+        self.loss = loss.item()
+        return time.perf_counter() - began, time.process_time() - worked
 
 
 def seconds(base: str, method: str, shape: tuple[int, int], precision: str, sides: list[str], rounds: int) -> Any:
@@ -116,14 +119,18 @@ def seconds(base: str, method: str, shape: tuple[int, int], precision: str, side
     for _ in range(2):
         for step in both.values():
             step()
-    taken: dict[str, list[float]] = {side: [] for side in sides}
+    taken: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
     for turn in range(rounds):
         for side in sides if turn % 2 == 0 else reversed(sides):
             taken[side].append(both[side]())
-    found: dict[str, Any] = {side: {"median_s": statistics.median(taken[side]), "best_s": min(taken[side])} for side in sides}
+    found: dict[str, Any] = {}
+    for side in sides:
+        wall, cpu = zip(*taken[side], strict=True)
+        found[side] = {"median_s": statistics.median(wall), "best_s": min(wall), "cpu_s": statistics.median(cpu)}
     for side in sides[1:]:
-        ratios = [ours / theirs for ours, theirs in zip(taken["surgeon"], taken[side], strict=True)]
-        found[f"time / {side}"] = statistics.median(ratios)
+        for i, name in enumerate(("time", "cpu time")):
+            ratios = [ours[i] / theirs[i] for ours, theirs in zip(taken["surgeon"], taken[side], strict=True)]
+            found[f"{name} / {side}"] = statistics.median(ratios)
     found["trained"] = {side: step.count for side, step in both.items()}
     found["loss"] = {side: step.loss for side, step in both.items()}
     return found
@@ -150,7 +157,9 @@ def measured_memory(side: str, base: str, method: str, name: str, precision: str
     """`memory` in a process of its own."""
     command = [sys.executable, __file__, "--one", side, base, method, name, precision]
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    found: dict[str, int] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
+    found: dict[str, int] = json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
+    )
     return found
 
 
@@ -172,13 +181,11 @@ def main() -> None:
         print(json.dumps(memory(side, base, method, BATCHES[name], precision)))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        rows = run(options, Path(scratch))
-    if options.out:
-        options.out.write_text(json.dumps(described(options, rows), indent=1) + "\n")
+        run(options, Path(scratch))
 
 
-def run(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
-    """Every measurement, printed as it is made."""
+def run(options: argparse.Namespace, scratch: Path) -> None:
+    """Every measurement, printed and written as it is made."""
     sides = ["surgeon", "peft", *(["peft compiled"] if options.compiled else [])]
     rows: list[dict[str, Any]] = []
     for name in options.models:
@@ -197,8 +204,9 @@ def run(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
                     row["memory / peft"] = found["surgeon"]["above"] / found["peft"]["above"]
                 rows.append(row)
                 print(shown(row), flush=True)
+                if options.out:
+                    options.out.write_text(json.dumps(described(options, rows), indent=1) + "\n")
                 gc.collect()
-    return rows
 
 
 def shown(row: dict[str, Any]) -> str:
@@ -206,7 +214,7 @@ def shown(row: dict[str, Any]) -> str:
     line = f"{row['model']:6s} {row['method']:5s} {row['precision']}"
     if "surgeon" in row:
         ours, theirs = row["surgeon"]["median_s"], row["peft"]["median_s"]
-        line += f"  {ours:.3f} s against {theirs:.3f} s: {row['time / peft']:.2f}"
+        line += f"  {ours:.3f} s against {theirs:.3f} s: {row['time / peft']:.2f} (CPU {row['cpu time / peft']:.2f})"
         line += f" (compiled: {row['time / peft compiled']:.2f})" if "time / peft compiled" in row else ""
         line += f"  loss {row['loss']['surgeon']:.4f} {row['loss']['peft']:.4f}"
     if "memory" in row:

@@ -28,7 +28,7 @@ def command(
 ) -> None:
     """Measure a model on held-out data, and what its adapters gained over the base.
 
-    Loss is nats per trained token: in chats the assistant's turns, in completions the answers, in plain text everything.
+    Loss is nats per trained token: of chats the assistant's turns, of completions the answers, of plain text all.
 
     Examples:
         surgeon eval work/ --data heldout.jsonl
@@ -50,7 +50,7 @@ def command(
     model = api.load(folder, base=base, dtype=dtype, device=where)
     tokenizer, adapted = model.tokenizer, bool(model.graph.applied)
     if tokenizer is None:
-        raise UsageError("the base has no tokenizer", str(model.graph.source), "put its tokenizer.json beside the config")
+        raise UsageError("the base has no tokenizer", str(model.graph.source), "put tokenizer.json beside the config")
     samples = render_rows(rows, tokenizer, max_length or getattr(model.config, "max_position_embeddings", None))
     found = evaluate(model, tokenizer, samples, batch_size=batch_size, precision=precision)
     before = None

@@ -47,9 +47,9 @@ def with_recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
     hints = typing.get_type_hints(Recipe)
     made = []
     for field in dataclasses.fields(Recipe):
+        kind: Any = hints[field.name]
         info = typer.Option("--" + field.name.replace("_", "-"), help=HELP[field.name], rich_help_panel=PANEL)
-        annotation = Annotated[hints[field.name], info]
-        made.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation))
+        made.append(_flag(field.name, field.default, Annotated[kind, info]))
 
     @functools.wraps(function)
     def inner(**given: Any) -> None:
@@ -57,6 +57,10 @@ def with_recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
 
     inner.__signature__ = signature.replace(parameters=[*own, *made])  # type: ignore[attr-defined]
     return inner
+
+
+def _flag(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 @with_recipe_flags
@@ -73,7 +77,7 @@ def command(
 ) -> None:
     """Train the adapters of a work folder and save them into it, with loss.jsonl, loss.png and checkpoints.
 
-    A killed run leaves the folder as it was, with the checkpoints; --resume then gives the bits of an uninterrupted run.
+    A killed run leaves the folder as it was, and its checkpoints: --resume then gives the bits of a run never killed.
 
     Examples:
         surgeon train work/ --data chat.jsonl
@@ -132,7 +136,7 @@ def _loaded(target: Path, base: Path | None, device: str, recipe: Recipe) -> Any
         what = f"cannot use the device '{where}': {str(error).splitlines()[0]}"
         raise UsageError(what, "--device", "cpu, or surgeon doctor to see what there is") from error
     if model.tokenizer is None:
-        raise UsageError("the base has no tokenizer", str(model.graph.source), "put its tokenizer.json beside the config")
+        raise UsageError("the base has no tokenizer", str(model.graph.source), "put tokenizer.json beside the config")
     return model
 
 

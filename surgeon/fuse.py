@@ -167,7 +167,8 @@ def fuse_gates(graph: fx.Graph) -> None:
         if not _is(node, aten.mul.Tensor):
             continue
         for act, up in _orders(node):
-            if getattr(act, "target", None) in _GATES and len(act.users) == 1 and isinstance(up, fx.Node) and up is not act:
+            fits = getattr(act, "target", None) in _GATES and len(act.users) == 1
+            if fits and isinstance(up, fx.Node) and up is not act:
                 with graph.inserting_before(node):
                     call = graph.call_function(_GATES[act.target], (act.args[0], up), dict(act.kwargs))
                 node.replace_all_uses_with(call)

@@ -44,7 +44,9 @@ class _Bypassed(torch.autograd.Function):
     """Keeps x once (in the dtype of the products), x Aᵀ, and no result."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: tuple[float, ...], dtype: torch.dtype, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, scales: tuple[float, ...], dtype: torch.dtype, *tensors: Any
+    ) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         a = torch.cat([t.to(dtype) for t in tensors[2::4]])
         low = rows @ a.t()

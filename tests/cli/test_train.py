@@ -100,7 +100,9 @@ def test_resumed_equals_uninterrupted(
 def test_a_killed_run_leaves_a_work_folder(work: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = weights(work)
     args = ["train", str(work), "--data", str(data), "--steps", "400", "--save-every", "2", *SHORT]
-    process = subprocess.Popen([sys.executable, "-m", "surgeon", *args], stderr=subprocess.DEVNULL, env=dict(os.environ))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "surgeon", *args], stderr=subprocess.DEVNULL, env=dict(os.environ)
+    )
     try:
         deadline = time.monotonic() + 300
         while not (work / "checkpoint-2").is_dir() and process.poll() is None and time.monotonic() < deadline:
