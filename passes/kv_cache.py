@@ -120,15 +120,19 @@ class KvCache(Pass):
     def _cache(self, edit: Edit) -> None:
         import torch
 
+        from surgeon import wiring
+
+        alike = [node for node in edit.part.nodes if node.target is edit.node.target and _same(node, edit.node)]
         for position, word in ((1, "key"), (2, "value")):
             new = edit.node.args[position]
             if self.phase != PREFILL:
-                past = edit.model_input(_names(edit, "past_key_values", word), f"past_{word}", *_past(edit, new))
+                names = _names(edit, "past_key_values", word)
+                past = edit.model_input(names, _input(edit, word), *_past(edit, new))
                 edit.write_after(edit.node.prev)
                 whole = edit.call(torch.ops.aten.cat.default, [past, new], 2)
-                for user in [user for user in new.users if user is not whole]:
-                    if user.op == "output" or user.target is edit.node.target:
-                        user.replace_input_with(new, whole)
+                for node in alike:
+                    node.update_arg(position, whole)
+                wiring.output_of(edit.part).replace_input_with(new, whole)
                 new = whole
             edit.model_output(new, _names(edit, "present", word))
 
@@ -140,7 +144,7 @@ class KvCache(Pass):
                 edit.model_output(given, _names(edit, "present", word))
                 continue
             names = _names(edit, "past_key_values", word)
-            held = edit.model_input(names, f"encoder_{word}", given, tuple(given.meta["val"].shape))
+            held = edit.model_input(names, _input(edit, word), given, tuple(given.meta["val"].shape))
             edit.node.update_arg(position, held)
 
 
@@ -158,25 +162,41 @@ def _biased(node: fx.Node) -> bool:
 
 def _is_borrowed(node: fx.Node) -> bool:
     """Whether the keys are another attention's: handed in by an earlier layer, or already with their past."""
-    return node.args[1].op == "placeholder" or _source(node) is not node.args[1]
+    return node.args[1].op == "placeholder" or _source(node, 1) is not node.args[1]
 
 
-def _source(node: fx.Node) -> fx.Node:
-    """The keys before their past was put in front."""
+def _source(node: fx.Node, position: int) -> fx.Node:
+    """Keys (1) or values (2) before their past was put in front."""
     from surgeon.graph import tag
 
-    keys = node.args[1]
-    ours = tag(keys) is not None and keys.target.__name__ == "cat.default"
-    return keys.args[0][1] if ours else keys
+    whole = node.args[position]
+    ours = tag(whole) is not None and getattr(whole.target, "__name__", "") == "cat.default"
+    return whole.args[0][1] if ours else whole
+
+
+def _same(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two attentions read the same keys and values."""
+    return all(one.args[position] is other.args[position] for position in (1, 2))
+
+
+def _label(node: fx.Node) -> str:
+    """What a graph calls the keys and values of one of its attentions."""
+    return node.name if _is_cross(node) else f"{_source(node, 1).name} {_source(node, 2).name}"
 
 
 def _names(edit: Edit, stem: str, word: str) -> dict[str, str]:
     """The model's input or output for this site, by layer path."""
     cross, seq2seq = _is_cross(edit.node), _seq2seq(edit.graph)
     kind = ("encoder." if cross else "decoder.") if seq2seq else ""
-    label = edit.node.name if cross else _source(edit.node).name
-    numbers = _numbers(edit, cross)
+    label, numbers = _label(edit.node), _numbers(edit, cross)
     return {path: f"{stem}.{numbers[path, label]}.{kind}{word}" for path in edit.paths}
+
+
+def _input(edit: Edit, word: str) -> str:
+    """The name of a layer's own input: its attentions are counted, not named after the trace."""
+    from surgeon import lengths
+
+    return f"past_{lengths.attentions(edit.part).index(edit.node)}_{word}"
 
 
 def _numbers(edit: Edit, cross: bool) -> dict[tuple[str, str], int]:
@@ -189,10 +209,9 @@ def _numbers(edit: Edit, cross: bool) -> dict[tuple[str, str], int]:
         path = str(step.target) if step.op == "call_module" else ""
         inner = lengths.attentions(parts[path]) if path else [step] if step.target is lengths.ATTENTION_OP else []
         for node in inner:
-            if _is_cross(node) is cross and lengths.axes(node, length):
-                source = node if cross else _source(node)
-                if source.op != "placeholder":
-                    numbers.setdefault((path, source.name), len(numbers))
+            borrowed = not cross and _source(node, 1).op == "placeholder"
+            if _is_cross(node) is cross and lengths.axes(node, length) and not borrowed:
+                numbers.setdefault((path, _label(node)), len(numbers))
     return numbers
 
 

@@ -131,6 +131,8 @@ def attention(
             mask = None  # a mask that hides nothing would only cost the [t, s] additions
         if window and window >= keys:
             window = 0
+        if queries == 1 and not window:
+            causal = False  # the last position sees every key
     plain = bias is None and sinks is None and not softcap
     if plain and mask is None and not window and not chunk and (not causal or _square(q, queries, keys)):
         return F.scaled_dot_product_attention(

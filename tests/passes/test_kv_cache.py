@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, Lfm2Config
 
 from benchmarks.zoo import build, families, graphs
+from benchmarks.zoo.causal import causal_config
 from surgeon import module, run
 from surgeon.capture import capture_config
 from surgeon.errors import UnsupportedError, UsageError
@@ -84,6 +85,20 @@ def test_gemma3n_has_one_cache_per_distinct_keys() -> None:
     names = [name for name in graph.inputs if name.endswith(".key")]
     config = families.tiny_config("gemma3n_text")
     assert names == [f"past_key_values.{i}.key" for i in range(config.num_hidden_layers - config.num_kv_shared_layers)]
+
+
+def test_two_attentions_of_one_layer_have_their_own_caches() -> None:
+    model = build.build(causal_config("diffllama"))  # both halves of its difference read the same keys, other values
+    base = capture_config(model.config, "causal-lm")
+    base.values = {**model.state_dict(), **dict(model.named_buffers())}
+    graph = run.apply(base, make("kv_cache"))
+    tokens = build.tokens(model.config, 2, sum(PIECES), padding=PADDING)
+    ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask, position_ids=positions).logits
+    ours = in_pieces(graph, ids, mask, positions)
+    torch.testing.assert_close(ours[mask.bool()], whole[mask.bool()], atol=1e-5, rtol=1e-5)
 
 
 def test_adapters_and_cache_compose() -> None:
