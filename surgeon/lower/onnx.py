@@ -164,6 +164,6 @@ def _manifest(graph: Graph, precision: str, checked: Replay | None) -> dict[str,
         "opset": OPSET,
         "passes": [{"name": step.name, "options": step.options()} for step in graph.applied],
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "agreement": "tokens agree where they are equal or their logits differ by less than the error",
+        "agreement": "tokens agree if they are equal or their logits in torch differ by no more than twice the error",
         "verified": asdict(checked) if checked else None,
     }

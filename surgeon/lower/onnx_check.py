@@ -33,8 +33,8 @@ class Replayed:
         prompts: the token ids of each row, without padding.
         tokens: what was generated, per row.
         max_error: largest |Δlogit| at any unpadded position.
-        token_agreement: share of steps at which both predict the same token, or two whose logits differ by less than
-            the error.
+        token_agreement: share of steps at which both predict the same token, or two whose logits differ by no more than
+            twice the error.
         exact_agreement: the same without that allowance.
         best_logits: the logit of each generated token, per row.
     """

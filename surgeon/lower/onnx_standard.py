@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from surgeon import ops
+from surgeon.lower.onnx_complex import unpair
 
 aten = torch.ops.aten
 
@@ -141,6 +142,7 @@ STANDARD: dict[Any, Any] = {
 def standardise(part: fx.Graph) -> None:
     """Replace operators that ONNX has no form for by the functions above, and by numbers where they are numbers."""
     _fold_numbers(part)
+    unpair(part)
     for node in part.nodes:
         if node.target in STANDARD:
             node.target = STANDARD[node.target]
