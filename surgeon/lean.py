@@ -91,7 +91,7 @@ def rms_normalised(x: Tensor, eps: float) -> Tensor:
     """x / √(mean(x²) + eps) over the last axis, `[.., n]` → `[.., n]`."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float32:
         x = x.float()
-    return _RmsNormalised.apply(x, eps)  # type: ignore[no-any-return]
+    return _RmsNormalised.apply(x, eps)
 
 
 class _RmsNormalised(torch.autograd.Function):
@@ -114,7 +114,7 @@ def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up."""
     if gate.shape != up.shape:
         return torch.nn.functional.silu(gate) * up
-    return _Gated.apply(gate, up, aten.silu, aten.silu_backward, {})  # type: ignore[no-any-return]
+    return _Gated.apply(gate, up, aten.silu, aten.silu_backward, {})
 
 
 def gated_gelu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
@@ -122,7 +122,7 @@ def gated_gelu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
     if gate.shape != up.shape:
         return torch.nn.functional.gelu(gate, approximate=approximate) * up
     options = {"approximate": approximate}
-    return _Gated.apply(gate, up, aten.gelu, aten.gelu_backward, options)  # type: ignore[no-any-return]
+    return _Gated.apply(gate, up, aten.gelu, aten.gelu_backward, options)
 
 
 class _Gated(torch.autograd.Function):
@@ -130,7 +130,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: Any, slope: Any, options: dict[str, Any]) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.act, ctx.slope, ctx.options = act, slope, options
-        return act(gate, **options) * up  # type: ignore[no-any-return]
+        return act(gate, **options) * up
 
     @staticmethod
     @once_differentiable
