@@ -22,7 +22,12 @@ assert ops  # registers the operators
 
 
 class Scope(nn.Module):
-    """A module that only holds tensors and other modules."""
+    """A module that only holds tensors and other modules.
+
+    `mixed` says that what passes inserted has another dtype than the base (see `surgeon.mixed`).
+    """
+
+    mixed = False
 
     def forward(self, *args: Any) -> Any:
         """Raises: a scope has no function of its own."""
@@ -49,7 +54,7 @@ class Layer(Scope):
 
     def forward(self, *args: Any) -> Any:
         """Run the layer; with checkpointing its activations are recomputed in the backward pass."""
-        function = code(self.graph).train if self.training else code(self.graph).evaluate
+        function = code(self.graph).choose(training=self.training, mixed=self.mixed, device=self.model_device.type)
         if self.checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(function, self, *args, use_reentrant=False)
         return function(self, *args)
@@ -64,15 +69,15 @@ class GraphModule(Scope):
 
     def run(self, trunk: fx.Graph, *inputs: Any) -> tuple[Any, ...]:
         """Run a trunk (the graph's own, or a variant such as the one without its head) on this module's tensors."""
-        compiled = code(trunk)
-        result: tuple[Any, ...] = (compiled.train if self.training else compiled.evaluate)(self, *inputs)
+        function = code(trunk).choose(training=self.training, mixed=self.mixed, device=self.model_device.type)
+        result: tuple[Any, ...] = function(self, *inputs)
         return result
 
     def forward(self, *inputs: Any) -> Any:
         """The graph's outputs as a tuple, from its inputs in order."""
         return self.run(self.graph.trunk, *inputs)
 
-    def layers(self) -> Iterator[Layer]:
+    def layer_modules(self) -> Iterator[Layer]:
         """The layers that are loaded."""
         return (module for module in self.modules() if isinstance(module, Layer))
 
@@ -97,14 +102,25 @@ def load(
     """
     where = torch.device(device)
     root = into if into is not None else GraphModule(graph)
-    for path, shared in graph.layers.items():
-        _add(root, path, Layer(shared))
+    _frame(root, graph)
     for name, spec in graph.tensors.items():
         place(root, name, read_tensor(graph, name, dtype, where), spec)
     for alias, name in graph.ties.items():
         owner, leaf = _parent(root, alias)
         owner.register_parameter(leaf, root.get_parameter(name))
+    note_dtypes(root)
     return root.eval()
+
+
+def note_dtypes(root: GraphModule) -> None:
+    """Tell every layer whether adapters and base differ in dtype; to be called when either has changed."""
+    inserted = {name for name, spec in root.graph.tensors.items() if spec.owner}
+    dtypes = {name: p.dtype for name, p in root.named_parameters() if p.is_floating_point()}
+    adapters = {dtype for name, dtype in dtypes.items() if name in inserted}
+    mixed = bool(adapters) and not adapters <= {dtype for name, dtype in dtypes.items() if name not in inserted}
+    for scope in root.modules():
+        if isinstance(scope, Scope):
+            scope.mixed = mixed
 
 
 def rebind(graph: Graph, loaded: nn.Module) -> GraphModule:
@@ -117,8 +133,7 @@ def rebind(graph: Graph, loaded: nn.Module) -> GraphModule:
     """
     held = {**dict(loaded.named_parameters(remove_duplicate=False)), **dict(loaded.named_buffers())}
     root = GraphModule(graph)
-    for path, shared in graph.layers.items():
-        _add(root, path, Layer(shared))
+    _frame(root, graph)
     for name in (*graph.tensors, *graph.ties):
         if name not in held:
             raise UsageError(f"the loaded model has no tensor {name}", type(loaded).__name__, "load the model anew")
@@ -128,6 +143,7 @@ def rebind(graph: Graph, loaded: nn.Module) -> GraphModule:
             owner.register_parameter(leaf, tensor)
         else:
             owner.register_buffer(leaf, tensor, persistent=graph.tensors[name].persistent)
+    note_dtypes(root)
     return root.eval()
 
 
@@ -144,7 +160,7 @@ def read_tensor(graph: Graph, name: str, dtype: torch.dtype | None, device: torc
         tensor = graph.values[name]
     else:
         raise UsageError(f"no value for {name}", graph.source or type(graph.config).__name__, "load a checkpoint")
-    wanted = spec.dtype or (dtype if tensor.is_floating_point() else None)
+    wanted = spec.dtype or (dtype if tensor.is_floating_point() and not spec.owner else None)
     # A tensor of the base that trained itself may be held in more bits than the base has.
     own = graph.values[name].dtype if name in graph.inserted and name in graph.values else tensor.dtype
     return tensor.to(device=device, dtype=wanted or own)
@@ -168,6 +184,12 @@ def _parent(root: nn.Module, name: str) -> tuple[nn.Module, str]:
     return root, leaf
 
 
-def _add(root: nn.Module, path: str, module: nn.Module) -> None:
-    owner, leaf = _parent(root, path)
-    owner.add_module(leaf, module)
+def _frame(root: nn.Module, graph: Graph) -> None:
+    """The modules, in the order of the tensors: so a tied one counts under the name it is stored by, as in its model."""
+    for name in (*graph.tensors, *(f"{path}." for path in graph.layers)):
+        module, path = root, ""
+        for part in name.split(".")[:-1]:
+            path = f"{path}.{part}" if path else part
+            if part not in module._modules:
+                module.add_module(part, Layer(graph.layers[path]) if path in graph.layers else Scope())
+            module = module._modules[part]  # type: ignore[assignment]

@@ -19,13 +19,22 @@ from surgeon.replaced import Held
 def model_of(name: str, task: str | None = None) -> PreTrainedModel:
     """The family's random eager model, in fp32 and eval mode; `task` is the family's own if not given."""
     kind = task or families.task_of(name)
-    return build.build(families.tiny_config(name), "base" if kind == "features" else kind)
+    return build.build(config_of(name, kind), "base" if kind == "features" else kind)
+
+
+def config_of(name: str, task: str) -> PretrainedConfig:
+    """The family's config; a model that answers questions has two scores per token, whatever its family labels."""
+    config = families.tiny_config(name)
+    if task == "question-answering":
+        config.num_labels = 2
+    return config
 
 
 @functools.cache
 def graph_of(name: str, task: str | None = None) -> Graph:
     """That model captured, over its weights."""
-    graph = graph_over(model_of(name, task), families.tiny_config(name), task or families.task_of(name))
+    kind = task or families.task_of(name)
+    graph = graph_over(model_of(name, task), config_of(name, kind), kind)
     return dataclasses.replace(graph, source=name)
 
 
