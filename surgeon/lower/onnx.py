@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from surgeon import fold, run
-from surgeon.atomic import atomic_folder
+from surgeon.atomic import atomic_folder, check_target
 from surgeon.errors import UnsupportedError, UsageError, nearest
 from surgeon.graph import Graph
 from surgeon.lower.onnx_check import Replay, replay
@@ -99,6 +99,7 @@ def export_onnx(
     began = time.perf_counter()
     if precision not in PRECISIONS:
         raise UsageError(f"no precision {precision}", "--precision", f"did you mean {nearest(precision, PRECISIONS)}?")
+    check_target(Path(out), overwrite)
     plain = exportable(graph)
     dtype = PRECISIONS[precision]
     model = build(run.apply(plain, make("kv_cache")), dtype)
