@@ -17,6 +17,7 @@ from torch import fx
 
 from surgeon.fuse import fused
 from surgeon.graph import copied, sweep
+from surgeon.mixed import with_casts
 
 aten = torch.ops.aten
 _DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.dropout_.default}
@@ -24,10 +25,18 @@ _DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_drop
 
 @dataclass(frozen=True)
 class Code:
-    """A graph as functions of (module, *inputs)."""
+    """A graph as functions of (module, *inputs); the mixed ones are for adapters of another dtype than the base's."""
 
     train: Callable[..., Any]
     evaluate: Callable[..., Any]
+    mixed_train: Callable[..., Any]
+    mixed_evaluate: Callable[..., Any]
+
+    def choose(self, *, training: bool, mixed: bool, device: str) -> Callable[..., Any]:
+        """The function for a module's mode; autocast casts by itself."""
+        if mixed and not torch.is_autocast_enabled(device):
+            return self.mixed_train if training else self.mixed_evaluate
+        return self.train if training else self.evaluate
 
 
 _codes: weakref.WeakKeyDictionary[fx.Graph, tuple[int, Code]] = weakref.WeakKeyDictionary()
@@ -37,7 +46,12 @@ def code(graph: fx.Graph) -> Code:
     """The compiled graph; compiled once per graph object and number of nodes."""
     known = _codes.get(graph)
     if known is None or known[0] != len(graph.nodes):
-        known = (len(graph.nodes), Code(_function(fused(graph)), _function(without_dropout(graph))))
+        quiet = without_dropout(graph)
+        train, evaluate = _function(fused(graph)), _function(quiet)
+        cast, quiet_cast = with_casts(graph), with_casts(quiet)
+        mixed_train = train if cast is graph else _function(cast)
+        mixed_evaluate = evaluate if quiet_cast is quiet else _function(quiet_cast)
+        known = (len(graph.nodes), Code(train, evaluate, mixed_train, mixed_evaluate))
         _codes[graph] = known
     return known[1]
 
