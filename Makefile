@@ -33,7 +33,7 @@ test-all: check ## check, then every test, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 bench-quick: $(STAMP) ## measure the numbers of the README's first screen (at most ten minutes)
-	$(BIN)/python benchmarks/quick.py
+	$(BIN)/python -m benchmarks.quick
 
 clean: ## remove .venv, caches and build output
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage htmlcov

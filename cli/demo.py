@@ -170,7 +170,7 @@ def same_tokens(work: Path, onnx: Path) -> tuple[str, float]:
     session = onnx_check.open_session(onnx / "model.onnx")
     found = onnx_check.decode(session, *onnx_check.left_padded([prompt]), len(made) - len(prompt))[0][0, len(prompt) :]
     same = sum(a == b for a, b in zip(made[len(prompt) :], found, strict=False))
-    return str(model.tokenizer.decode(made)), same / max(1, len(made) - len(prompt))
+    return str(model.tokenizer.decode(made)), float(same) / max(1, len(made) - len(prompt))
 
 
 def heading(title: str, line: str) -> None:

@@ -1,0 +1,86 @@
+"""The numbers of the README's first screen, measured here in at most ten minutes: `make bench-quick`.
+
+Each line is a shortened run of the benchmark named beside it; the full runs and their results are in
+`benchmarks/results`. Ratios are against a peer measured in the same run on this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(out: Path, module: str, *options: str) -> Any:
+    """Run one benchmark with its result in `out`, and read that."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", *options, "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command[1:])} failed:\n{done.stderr[-2000:]}")
+    return json.loads(out.read_text())
+
+
+def plan(out: Path) -> Iterator[str]:
+    """Planning a 70B model from its config."""
+    found = run(out, "plan_speed", "--rounds", "2")
+    yield f"plan of Llama-2-70B from config.json: {found['plan_over_import']:.2f} x importing torch and its model"
+    yield f"  peak {found['peak_rss_bytes'] / 1e9:.2f} GB; 80 layers take {found['deep_over_shallow']:.2f} x 2 layers"
+
+
+def step(out: Path) -> Iterator[str]:
+    """A training step on a random Llama of 102M parameters."""
+    found = run(out, "train_step", "--models", "100m", "--methods", "lora", "--rounds", "3")
+    for row in found["rows"]:
+        yield (
+            f"LoRA step, 102M, {row['precision']}: {row['time / peft']:.2f} x PEFT's time, "
+            f"{row['memory / peft']:.2f} x its memory above the loaded model"
+        )
+
+
+def merge(out: Path) -> Iterator[str]:
+    """Streaming a merge and verifying it: two layers of a 7B shape."""
+    found = run(out, "merge_verified", "--layers", "2")
+    copied = min(copy["seconds"] for copy in found["cp"])
+    yield (
+        f"merge of {found['bytes'] / 1e9:.1f} GB in bf16: {copied / found['merge_seconds']:.2f} x the speed of cp, "
+        f"peak {found['merge_peak_bytes'] / 1e9:.2f} GB"
+    )
+    yield (
+        f"  verified in {found['verify_seconds']:.0f} s, peak {found['verify_peak_bytes'] / 1e9:.2f} GB: "
+        f"largest difference {found['max_error']:.1e}, bound {found['bound']:.1e}"
+    )
+
+
+def learning(out: Path) -> Iterator[str]:
+    """What LoRA and VeRA learn; needs the shared model and data of the repository's surroundings."""
+    if not (ROOT.parent / "shared/models/pystdlib-llama").is_dir():
+        yield "loss reduction: ../shared is not here, see benchmarks/results/learning.json"
+        return
+    found = run(out, "learning", "--seeds", "1", "--steps", "30")
+    for method, result in found["methods"].items():
+        sides = result["reduction"]
+        yield f"{method}, 30 steps on C headers: held-out loss −{sides['surgeon']:.3f} (PEFT −{sides['peft']:.3f})"
+
+
+PARTS: tuple[Callable[[Path], Iterator[str]], ...] = (plan, step, merge, learning)
+
+
+def main() -> None:
+    """Run every part and print its lines as they come."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for part in PARTS:
+            for line in part(Path(folder) / f"{part.__name__}.json"):
+                print(line, flush=True)
+    print(f"{time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
