@@ -19,7 +19,7 @@ from surgeon import cleanup, interface, ops
 from surgeon.errors import SurgeonError, UnsupportedError
 from surgeon.graph import Graph
 from surgeon.layers import LayerTracer, Retrace
-from surgeon.program import FIXED_LENGTH, Trace, assemble, check_lengths, lifted
+from surgeon.program import FIXED_LENGTH, LOOPS, Trace, assemble, check_lengths, lifted, reason
 from surgeon.split import split
 from surgeon.tasks import TASKS, Task, find_task
 from surgeon.tracing import literals, quiet, silence_noise
@@ -64,11 +64,15 @@ def capture_config(
     for attention, length in ((a, n) for a in ("surgeon", "sdpa", "eager") for n in _LENGTHS):
         if length != _LENGTHS[0] and not reasons[-1].startswith(FIXED_LENGTH):
             continue
+        if reasons and reasons[-1].startswith(LOOPS):
+            break
         with quiet(), contextlib.suppress(_NotThisWay):
             model, trace = _traced(config, kind, attention, length, share_layers, reasons)
             notes = list(trace.notes)
             if attention != "surgeon":
                 notes += [f"attention captured as {attention}", *dict.fromkeys(reasons)]
+            elif not trace.attentions:
+                notes.append("attention captured as it is: none goes through transformers' attention interface")
             return assemble(model, config, kind.name, trace, notes)
     raise UnsupportedError(
         f"cannot capture {config.model_type} for {kind.name}: {reasons[0]}",
@@ -92,19 +96,21 @@ def _traced(
             try:
                 return model, _export(model, task, length, share, private)
             except Retrace:
-                if len(private) == before:
-                    share = False
+                if not share:
+                    raise UnsupportedError("a layer reads what another computed, besides what it is given") from None
+                share = len(private) > before
     except SurgeonError as error:
         reasons.append(error.what)
     except Exception as error:  # torch.export raises every kind of exception for what it cannot trace
-        reasons.append(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
+        reasons.append(reason(error))
     raise _NotThisWay
 
 
 def example_inputs(model: nn.Module, task: Task, length: int = _LENGTHS[0]) -> dict[str, torch.Tensor]:
     """Meta inputs of two rows of `length` tokens for every tensor input surgeon feeds; encoders get two tokens more."""
     accepted = inspect.signature(model.forward).parameters
-    seq2seq = bool(getattr(model.config, "is_encoder_decoder", False)) and task.name != "token-classification"
+    # Classifiers make the decoder's ids themselves, from the encoder's.
+    seq2seq = bool(getattr(model.config, "is_encoder_decoder", False)) and "classification" not in task.name
 
     def ids(columns: int) -> torch.Tensor:
         return torch.zeros(_BATCH, columns, dtype=torch.long, device="meta")
@@ -117,7 +123,8 @@ def example_inputs(model: nn.Module, task: Task, length: int = _LENGTHS[0]) -> d
             inputs["decoder_attention_mask"] = torch.ones_like(inputs["decoder_input_ids"])
     else:
         for name in ("position_ids", "token_type_ids"):
-            if name in accepted and (name == "position_ids" or getattr(model.config, "type_vocab_size", 0)):
+            typed = bool(getattr(model.config, "type_vocab_size", None))
+            if name in accepted and (name == "position_ids" or typed):
                 inputs[name] = ids(length)
     return {name: value for name, value in inputs.items() if name in accepted}
 
@@ -141,7 +148,7 @@ def _export(model: transformers.PreTrainedModel, task: Task, length: int, share:
     tracer = LayerTracer(model, share=share, private=private)
     with interface.recording() as record, tracer, torch.no_grad(), literals():
         program = torch.export.export(model, (), inputs, dynamic_shapes=dynamic, strict=False)
-    check_lengths(program, inputs)
+    check_lengths(program, inputs, model.config)
     for kind in tracer.kinds.values():
         if kind.followers and any(index.read for index in kind.indices):
             private.add(kind.shape)
@@ -153,4 +160,5 @@ def _export(model: transformers.PreTrainedModel, task: Task, length: int, share:
     graph, constants = lifted(program)
     cleanup.clean(graph)
     cut = split(graph, {kind.path: kind.followers for kind in tracer.kinds.values()})
-    return Trace(cut, tuple(names), (*notes, *record.notes), constants)
+    attentions = sum(node.target is torch.ops.surgeon.attention.default for node in graph.nodes)
+    return Trace(cut, tuple(names), (*notes, *record.notes), constants, attentions)

@@ -19,6 +19,7 @@ from surgeon.graph import MODEL_DEVICE, MODEL_DTYPE, sweep
 aten = torch.ops.aten
 
 TRACE_DTYPE = torch.bfloat16
+_LIMITS = (torch.finfo(TRACE_DTYPE).min, torch.finfo(TRACE_DTYPE).max)
 _ASSERTIONS = {
     aten._assert_tensor_metadata.default,
     aten.sym_constrain_range.default,
@@ -142,7 +143,7 @@ def _island_start(source: fx.Node) -> fx.Node | None:
             continue
         seen.add(node)
         if node.target is aten.to.dtype and node.args[0].meta["val"].dtype == TRACE_DTYPE:
-            return node.args[0]  # type: ignore[return-value]
+            return node.args[0]
         queue.extend(node.all_input_nodes)
     return None
 
@@ -163,6 +164,15 @@ def _same_dtype(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return made
 
 
+def _limit(graph: fx.Graph, node: fx.Node, value: float) -> fx.Node:
+    """What `torch.finfo(dtype).min` said: fp16 cannot hold bf16's."""
+    kind = graph.call_function(torch.finfo, (_same_dtype(graph, node),))
+    made = graph.call_function(getattr, (kind, "min" if value < 0 else "max"))
+    for part in (kind, made):
+        part.meta.update(val=value, path=node.meta.get("path", ""))
+    return made
+
+
 def _retarget_factory(graph: fx.Graph, node: fx.Node) -> None:
     """Device and dtype arguments of any operator but casts."""
     kwargs = dict(node.kwargs)
@@ -175,6 +185,9 @@ def _retarget_factory(graph: fx.Graph, node: fx.Node) -> None:
         if TRACE_DTYPE in node.args:
             dtype = _same_dtype(graph, node)
             node.args = tuple(dtype if value == TRACE_DTYPE else value for value in node.args)
+        for position, value in enumerate(node.args):
+            if isinstance(value, float) and value in _LIMITS:
+                node.update_arg(position, _limit(graph, node, value))
     kwargs.pop("pin_memory", None)
     if kwargs.get("layout") == torch.strided:
         kwargs.pop("layout")

@@ -4,13 +4,13 @@ The first layer of a kind is traced in place between an `enter` and a `leave` ma
 opaque `layer` node. After the trace, `surgeon.split` cuts the marked regions out and stamps them onto the opaque nodes.
 
 Two layers are equal when their modules have the same classes, simple attributes and tensor shapes, and are called with
-the same arguments up to tensor values. A layer's own index is replaced by a `LayerIndex` that remembers being read:
-a layer whose arithmetic depends on its position is not shared. Nor is one that hands tensors to later layers on the side.
+the same arguments up to tensor values. A layer's own index is replaced by a `LayerIndex` that remembers being read: a
+layer whose arithmetic depends on its position is not shared. Nor is one that hands tensors to later layers on the side.
 """
 
 from __future__ import annotations
 
-import operator
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,7 +109,7 @@ class LayerTracer:
     def _replace(self, layers: nn.ModuleList, position: int, path: str, shape: str) -> None:
         layer = layers[position]
         layers[position] = _Opaque(layer, lambda *a, **k: self._follow(path, shape, a, k))
-        self._undo.append(lambda: operator.setitem(layers, position, layer))
+        self._undo.append(functools.partial(layers.__setitem__, position, layer))
 
     def _wrap(self, layer: nn.Module, path: str, shape: str, names: list[str]) -> None:
         forward = layer.forward
@@ -127,11 +127,11 @@ class LayerTracer:
                     watcher = LayerIndex(value)
                     watchers.append(watcher)
                     module.__dict__[name] = watcher
-                    self._undo.append(lambda m=module, n=name, v=value: operator.setitem(m.__dict__, n, v))
+                    self._undo.append(functools.partial(module.__dict__.__setitem__, name, value))
         return watchers
 
     def _lead(self, path: str, shape: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        key, leaves, structure, tensors, sizes = _call_key(shape, args, kwargs)
+        key, leaves, structure, tensors, _ = _call_key(shape, args, kwargs)
         if any(kind.path == path for kind in self.kinds.values()):  # one module called again (ALBERT)
             return self._follow(path, shape, args, kwargs)
         if any(_is_foreign(leaf) for leaf in leaves) and self.share and shape not in self.private:
@@ -149,12 +149,13 @@ class LayerTracer:
         for position, tensor in zip(outputs, left, strict=True):
             _keep_description(results[position], tensor)
             results[position] = tensor
-        self.kinds[key] = Kind(path, shape, list(results), result_structure, self._indices.get(path, []))
+        alone = path if not self.share or self.private & {shape} else ""
+        self.kinds[key + alone] = Kind(path, shape, list(results), result_structure, self._indices.get(path, []))
         return pytree.tree_unflatten(results, result_structure)
 
     def _follow(self, path: str, shape: str, args: Any, kwargs: Any) -> Any:
         key, leaves, _, tensors, sizes = _call_key(shape, args, kwargs)
-        kind = self.kinds.get(key)
+        kind = self.kinds.get(key, self.kinds.get(key + path))
         if kind is None:  # called differently from the layer it looks like: the first of a kind of its own
             self.private.add(path)
             raise Retrace

@@ -156,18 +156,18 @@ class SurgeonModel(module.GraphModule):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
         """Recompute each layer in the backward pass instead of keeping its activations."""
-        for layer in self.layers():
+        for layer in self.layer_modules():
             layer.checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations again."""
-        for layer in self.layers():
+        for layer in self.layer_modules():
             layer.checkpointing = False
 
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether any layer recomputes its activations."""
-        return any(layer.checkpointing for layer in self.layers())
+        return any(layer.checkpointing for layer in self.layer_modules())
 
     @property
     def device(self) -> torch.device:

@@ -19,6 +19,7 @@ _LIBRARY.define(
     "bool causal=False, int window=0, int chunk=0, float softcap=0.0, float dropout_p=0.0, str role='self') -> Tensor"
 )
 _LIBRARY.define("expert_linear(Tensor x, Tensor weight, Tensor ids, Tensor? bias=None, *, bool transposed=False) -> Tensor")
+_LIBRARY.define("bfloat16(Tensor x) -> Tensor")
 _LIBRARY.define("enter(Tensor[] xs, str path) -> Tensor[]")
 _LIBRARY.define("leave(Tensor[] xs, str path) -> Tensor[]")
 _LIBRARY.define("layer(Tensor[] xs, SymInt[] sizes, str path) -> Tensor[]")
@@ -222,5 +223,11 @@ def expert_linear(
     return torch.cat(parts) if parts else x.new_empty(0, matrices.shape[1])
 
 
+def bfloat16(x: torch.Tensor) -> torch.Tensor:
+    """x in bf16 where a model's own code says so, whatever the dtype of the model (Falcon's ALiBi)."""
+    return x.to(torch.bfloat16)
+
+
+_LIBRARY.impl("bfloat16", bfloat16, "CompositeImplicitAutograd")
 _LIBRARY.impl("attention", attention, "CompositeImplicitAutograd")
 _LIBRARY.impl("expert_linear", expert_linear, "CompositeImplicitAutograd")

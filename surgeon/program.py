@@ -16,6 +16,7 @@ from surgeon.graph import Graph, TensorSpec, copied, sweep
 from surgeon.split import Split
 
 FIXED_LENGTH = "the trace holds only for some lengths"
+LOOPS = "its code fixes the length: it loops over tokens, or computes with their number"
 _GROWTH = (1, 2, 3, 7, 40)
 
 
@@ -28,31 +29,44 @@ class Trace:
         outputs: names of the trunk's outputs.
         notes: what was found worth telling.
         constants: full name → tensors that the model's code makes from data.
+        attentions: number of attention nodes that were traced.
     """
 
     cut: Split
     outputs: tuple[str, ...]
     notes: tuple[str, ...]
     constants: dict[str, torch.Tensor]
+    attentions: int
 
 
-def check_lengths(program: torch.export.ExportedProgram, inputs: dict[str, torch.Tensor]) -> None:
+def reason(error: Exception) -> str:
+    """The first line of what `torch.export` or the model's own code raised."""
+    lines = str(error).strip().splitlines() or [""]
+    return LOOPS if lines[0].startswith("Constraints violated") else f"{type(error).__name__}: {lines[0]}"
+
+
+def check_lengths(
+    program: torch.export.ExportedProgram, inputs: dict[str, torch.Tensor], config: transformers.PretrainedConfig
+) -> None:
     """Evaluate what `torch.export` assumed about sizes at larger batches and lengths than those traced.
+
+    No length is tried for which the model has no positions.
 
     Raises:
         UnsupportedError: an assumption fails, so the graph would compute something else for other lengths.
     """
     code: list[str] = getattr(program, "_guards_code", None) or []
     scope = {"math": math, "torch": torch, "max": max, "min": min}
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 10**6
     for step in _GROWTH:
-        sizes = {name: _grown(x, step) for name, x in inputs.items()}
+        sizes = {name: _grown(x, step, longest) for name, x in inputs.items()}
         for guard in code:
             if not eval(guard, scope, {"L": sizes}):
                 raise UnsupportedError(f"{FIXED_LENGTH}: {guard[:120]}")
 
 
-def _grown(x: torch.Tensor, step: int) -> torch.Tensor:
-    return x.new_empty(x.shape[0] + step - 1, x.shape[1] * step + step - 1)
+def _grown(x: torch.Tensor, step: int, longest: int) -> torch.Tensor:
+    return x.new_empty(x.shape[0] + step - 1, max(x.shape[1], min(x.shape[1] * step + step - 1, longest)))
 
 
 def lifted(program: torch.export.ExportedProgram) -> tuple[fx.Graph, dict[str, torch.Tensor]]:

@@ -70,6 +70,8 @@ class _Literals(torch.overrides.TorchFunctionMode):
             made = _literal(args[0], kwargs.get("dtype"), kwargs.get("device"))
             if made is not None:
                 return made
+        if func is torch.Tensor.bfloat16:
+            return torch.ops.surgeon.bfloat16(args[0])
         if func is torch.Tensor.__getitem__:
             args = (args[0], _index(args[1], args[0].device))
         if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
