@@ -8,6 +8,7 @@ stays one node through `torch.export`, trains, and works under autocast.
 from __future__ import annotations
 
 import functools
+import weakref
 
 import torch
 from torch.nn import functional as F
@@ -18,7 +19,9 @@ _LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? bias=None, Tensor? sinks=None, *, float scale, "
     "bool causal=False, int window=0, int chunk=0, float softcap=0.0, float dropout_p=0.0, str role='self') -> Tensor"
 )
-_LIBRARY.define("expert_linear(Tensor x, Tensor weight, Tensor ids, Tensor? bias=None, *, bool transposed=False) -> Tensor")
+_LIBRARY.define(
+    "expert_linear(Tensor x, Tensor weight, Tensor ids, Tensor? bias=None, *, bool transposed=False) -> Tensor"
+)
 _LIBRARY.define("bfloat16(Tensor x) -> Tensor")
 _LIBRARY.define("enter(Tensor[] xs, str path) -> Tensor[]")
 _LIBRARY.define("leave(Tensor[] xs, str path) -> Tensor[]")
@@ -128,7 +131,7 @@ def attention(
     """
     queries, keys, grouped = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
     if not _tracing(q):
-        if mask is not None and bool(mask.all()):
+        if mask is not None and _hides_nothing(mask):
             mask = None  # a mask that hides nothing would only cost the [t, s] additions
         if window and window >= keys:
             window = 0
@@ -147,6 +150,20 @@ def attention(
         return F.scaled_dot_product_attention(q, k, v, added, dropout_p, scale=scale, enable_gqa=grouped)
     k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
     return _explicit(q, k, v, seen, bias, sinks, scale, softcap, dropout_p)
+
+
+_seen_mask: tuple[weakref.ref[torch.Tensor], int, bool] | None = None
+
+
+def _hides_nothing(mask: torch.Tensor) -> bool:
+    """Whether every key is a token, asked once for all layers that read one mask: on a GPU an answer is a wait."""
+    global _seen_mask
+    if mask.is_inference():
+        return bool(mask.all())
+    known = _seen_mask
+    if known is None or known[0]() is not mask or known[1] != mask._version:
+        known = _seen_mask = (weakref.ref(mask), mask._version, bool(mask.all()))
+    return known[2]
 
 
 def _square(q: torch.Tensor, queries: int, keys: int) -> bool:

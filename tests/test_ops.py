@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,3 +166,25 @@ def test_experts_train_and_stay_one_node() -> None:
     assert [n.target for n in program.graph.nodes if n.op == "call_function"] == [expert_linear.default]
     longer = torch.randn(9, 5, dtype=torch.float64), weight.detach(), torch.tensor([0] * 4 + [2] * 5)
     assert torch.allclose(program.module()(*longer), expert_linear(*longer))
+
+
+def test_one_look_for_all_layers(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = surgeon.load(shared / "models/pystdlib-llama")
+    looks = []
+    whole = torch.Tensor.all
+    monkeypatch.setattr(torch.Tensor, "all", lambda self, *args: looks.append(1) or whole(self, *args))
+    ids = torch.randint(3, 4000, (2, 6))
+    with torch.no_grad():
+        model(input_ids=ids)
+        assert len(looks) == 1
+        model(input_ids=ids)
+        assert len(looks) == 2
+
+
+def test_changed_in_place() -> None:
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    assert surgeon.ops._hides_nothing(mask)
+    mask[0, 0] = False
+    assert not surgeon.ops._hides_nothing(mask)
+    with torch.inference_mode():
+        assert surgeon.ops._hides_nothing(torch.ones(1, 2, dtype=torch.bool))
