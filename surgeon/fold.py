@@ -1,7 +1,7 @@
 """Folding trained adapters into the weights they stand beside: the first back end of the normal form.
 
-`folds` lists what is adapted where, `fold` takes the adapters' nodes out of the graph and puts merged weights behind the
-same names, lazily. Both know only `Normal`s.
+`folds` lists what is adapted where, `fold` takes the adapters' nodes out of the graph and puts merged weights behind
+the same names, lazily. Both know only `Normal`s.
 """
 
 from __future__ import annotations
@@ -143,14 +143,16 @@ def by_bias(graph: Graph, found: list[Fold]) -> dict[str, list[Fold]]:
     names = dict.fromkeys(item.site.bias for item in found if item.step.changes_bias and item.site.bias)
     for name in names:
         if len(readers[name]) > 1:
-            raise UnsupportedError(f"{sorted(readers[name])} share a bias", name, "leave one of them out with --exclude")
+            raise UnsupportedError(
+                f"{sorted(readers[name])} share a bias", name, "leave one of them out with --exclude"
+            )
     return {name: [item for item in found if item.site.bias == name] for name in names}
 
 
 def normals(
     found: list[Fold], weight: Callable[[], torch.Tensor], bias: Callable[[], torch.Tensor | None]
 ) -> list[Normal]:
-    """The normal forms of the adapters of one layer, each over what those before it make of its W `[out, in]` and bias."""
+    """The normal forms of the adapters of one layer, each over what those before it make of W `[out, in]` and bias."""
     made: list[Normal] = []
     for item in found:
         below = list(made)

@@ -43,7 +43,7 @@ class Normal:
         b: `[out, r]`.
         u: factor on the input `[in]`.
         s: factor on the output before the bias `[out]`.
-        bias: the bias `[out]` in place of the base's; None keeps the base's. Only passes that say `changes_bias` have it.
+        bias: the bias `[out]` in place of the base's; None keeps it. Only passes that say `changes_bias` have one.
         group: number of consecutive inputs that are summed into one (QA-LoRA); 1 for none.
     """
 
@@ -118,9 +118,13 @@ def compose(outer: Normal, inner: Normal) -> Normal:
             two pool differently.
     """
     if outer.u is not None or inner.u is not None or inner.s is not None:
-        raise UnsupportedError("these adapters scale the same input or output twice", "", "merge them one after another")
+        raise UnsupportedError(
+            "these adapters scale the same input or output twice", "", "merge them one after another"
+        )
     if outer.group != inner.group and None not in (outer.a, inner.a):
-        raise UnsupportedError(f"the adapters pool groups of {outer.group} and {inner.group}", "", "merge them in order")
+        raise UnsupportedError(
+            f"the adapters pool groups of {outer.group} and {inner.group}", "", "merge them in order"
+        )
     if inner.a is None or inner.b is None:
         return dataclasses.replace(outer, bias=outer.bias if outer.bias is not None else inner.bias)
     if outer.a is None or outer.b is None:

@@ -20,7 +20,11 @@ def check(graph: Graph, owner: str = "") -> None:
         part.lint()
         for node in part.nodes:
             tensor = node.op == "get_attr"
-            found = [(prefix, why) for prefix in (prefixes if tensor else prefixes[:1]) if (why := _illegal(graph, node, prefix))]
+            found = [
+                (prefix, why)
+                for prefix in (prefixes if tensor else prefixes[:1])
+                if (why := _illegal(graph, node, prefix))
+            ]
             if found:
                 prefix, why = found[0]
                 touched = tag(node).owner if tag(node) else owner  # type: ignore[union-attr]

@@ -39,7 +39,11 @@ def test_folds_come_in_the_order_of_the_passes() -> None:
 
 def test_a_stack_of_three_merges() -> None:
     base = graph_of("llama")
-    steps = make("lora", rank=2), make("vera", rank=3, targets="all-linear"), make("lora", rank=4, targets="*.up_proj *.q_proj")
+    steps = (
+        make("lora", rank=2),
+        make("vera", rank=3, targets="all-linear"),
+        make("lora", rank=4, targets="*.up_proj *.q_proj"),
+    )
     merged = assert_merges(randomised(run.apply(base, *steps)), base)
     assert merged.text() == base.text()
 
@@ -129,7 +133,9 @@ def test_a_second_reader_without_a_name_of_its_own_is_refused() -> None:
     (item,) = fold.folds(trained)
     assert list(fold.by_weight(trained, [item])) == ["lm_head.weight"]
     nameless = dataclasses.replace(item, site=dataclasses.replace(item.site, path="model.scores"))
-    with pytest.raises(UnsupportedError, match=r"model.scores reads a weight that \['lm_head', 'model.embed_tokens'\] share"):
+    with pytest.raises(
+        UnsupportedError, match=r"model.scores reads a weight that \['lm_head', 'model.embed_tokens'\] share"
+    ):
         fold.by_weight(trained, [nameless])
 
 

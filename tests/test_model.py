@@ -15,8 +15,8 @@ from surgeon.model import SurgeonModel, load_model, shifted_right
 from surgeon.passes import make
 
 TASKS = [
-    ("llama", "causal-lm"), ("gemma2", "causal-lm"), ("gpt2", "causal-lm"), ("t5", "seq2seq-lm"), ("bart", "seq2seq-lm"),
-    ("bert", "sequence-classification"), ("bert", "token-classification"), ("bert", "question-answering"),
+    ("llama", "causal-lm"), ("gemma2", "causal-lm"), ("gpt2", "causal-lm"), ("t5", "seq2seq-lm"),
+    ("bart", "seq2seq-lm"), ("bert", "sequence-classification"), ("bert", "token-classification"), ("bert", "question-answering"),
 ]  # fmt: skip
 
 
@@ -58,8 +58,10 @@ def test_losses_are_transformers_own(family: str, task: str) -> None:
     names = ("start_logits", "end_logits") if task == "question-answering" else ("logits",)
     for name in names:
         assert near(getattr(found, name), getattr(expected, name))
-    plain = model(**{k: v for k, v in batch.items() if "label" not in k and "positions" not in k} | (
-        {"decoder_input_ids": shifted_right(batch["labels"], graph.config)} if task == "seq2seq-lm" else {}))  # fmt: skip
+    given = {name: value for name, value in batch.items() if "label" not in name and "positions" not in name}
+    if task == "seq2seq-lm":
+        given["decoder_input_ids"] = shifted_right(batch["labels"], graph.config)
+    plain = model(**given)
     assert plain.loss is None
     assert near(getattr(plain, names[0]), getattr(expected, names[0]))
 
@@ -180,7 +182,9 @@ def test_inputs_that_may_be_left_out() -> None:
     assert near(model(input_ids=ids).logits, theirs(input_ids=ids).logits)
     positions = torch.arange(7)[None]
     assert near(model(input_ids=ids, position_ids=positions).logits, theirs(input_ids=ids).logits)
-    assert near(model(input_ids=ids, use_cache=False, return_dict=True, output_attentions=None).logits, theirs(ids).logits)
+    assert near(
+        model(input_ids=ids, use_cache=False, return_dict=True, output_attentions=None).logits, theirs(ids).logits
+    )
 
 
 def test_an_unknown_input_names_the_nearest() -> None:

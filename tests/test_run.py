@@ -106,7 +106,7 @@ def test_a_rank_above_the_layer_is_refused() -> None:
 
 def test_nodes_that_are_missing_are_named() -> None:
     run.require_node(graph_of("llama"), ATTENTION, "prefix")
-    with pytest.raises(UnsupportedError, match="prefix needs an conv1d node|prefix needs an?") as caught:
+    with pytest.raises(UnsupportedError, match="prefix needs an conv1d node") as caught:
         run.require_node(graph_of("llama"), "conv1d", "prefix")
     assert "lora" in caught.value.hint
 

@@ -63,7 +63,7 @@ def test_layers_call_no_layers() -> None:
         with part.inserting_before(next(iter(reversed(part.nodes)))):
             part.call_module("model.layers.1", ())
 
-    with pytest.raises(SurgeonError, match="calls model.layers.1"):
+    with pytest.raises(SurgeonError, match=r"calls model\.layers\.1"):
         spec.check(edited(change))
 
 

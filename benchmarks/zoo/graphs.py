@@ -15,11 +15,14 @@ from surgeon.graph import Graph
 from surgeon.replaced import Held
 
 
-@functools.cache
 def model_of(name: str, task: str | None = None) -> PreTrainedModel:
     """The family's random eager model, in fp32 and eval mode; `task` is the family's own if not given."""
-    kind = task or families.task_of(name)
-    return build.build(config_of(name, kind), "base" if kind == "features" else kind)
+    return _model(name, task or families.task_of(name))
+
+
+@functools.cache
+def _model(name: str, task: str) -> PreTrainedModel:
+    return build.build(config_of(name, task), "base" if task == "features" else task)
 
 
 def config_of(name: str, task: str) -> PretrainedConfig:
@@ -30,12 +33,14 @@ def config_of(name: str, task: str) -> PretrainedConfig:
     return config
 
 
-@functools.cache
 def graph_of(name: str, task: str | None = None) -> Graph:
     """That model captured, over its weights."""
-    kind = task or families.task_of(name)
-    graph = graph_over(model_of(name, task), config_of(name, kind), kind)
-    return dataclasses.replace(graph, source=name)
+    return _graph(name, task or families.task_of(name))
+
+
+@functools.cache
+def _graph(name: str, task: str) -> Graph:
+    return dataclasses.replace(graph_over(_model(name, task), config_of(name, task), task), source=name)
 
 
 def graph_over(model: PreTrainedModel, config: PretrainedConfig, task: str) -> Graph:

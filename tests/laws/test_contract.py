@@ -107,7 +107,7 @@ class ExpertLora(Adapter):
 
 @dataclass(frozen=True)
 class Dora(Adapter):
-    """y = m / ‖W + B A‖ ⊙ (W x + B A x) + b, the norm per output and not differentiated (Liu et al. 2024, eq. 5, §4.3)."""
+    """y = m / ‖W + B A‖ ⊙ (W x + B A x) + b, the norm not differentiated (Liu et al. 2024, eq. 5, §4.3)."""
 
     name: ClassVar[str] = "dora"
     kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D)
@@ -211,7 +211,9 @@ def dora_formula(module: Any, p: Params, x: Tensor, y: Tensor) -> Tensor:
 FORMULAS: dict[Adapter, Formula] = {
     Ia3Out(targets="all-linear"): lambda module, p, x, y: p["s"] * y,
     Ia3In(targets="all-linear"): lambda module, p, x, y: module(x * p["u"]),
-    QaLora(targets="all-linear"): lambda module, p, x, y: y + 2 * (x.unflatten(-1, (-1, 4)).sum(-1) @ p["a"].T @ p["b"].T),
+    QaLora(targets="all-linear"): lambda module, p, x, y: (
+        y + 2 * (x.unflatten(-1, (-1, 4)).sum(-1) @ p["a"].T @ p["b"].T)
+    ),
     Dora(targets="all-linear"): dora_formula,
     Lora(rank=3, alpha=6, targets="all-linear"): lambda module, p, x, y: y + 2 * (x @ p["a"].T @ p["b"].T),
 }
@@ -238,9 +240,8 @@ def hooked(model: Any, graph: Graph, formulas: Mapping[str, Formula]) -> Iterato
         return hook
 
     for item in fold.folds(graph):
-        handles.append(model.get_submodule(item.site.path).register_forward_hook(
-            hook_of(item.tensors(), formulas[item.step.name]))
-        )  # fmt: skip
+        module, hook = model.get_submodule(item.site.path), hook_of(item.tensors(), formulas[item.step.name])
+        handles += [module.register_forward_hook(hook)]
     try:
         yield
     finally:
@@ -292,7 +293,9 @@ def test_a_method_at_linears(step: Adapter, formula: Formula, family: str) -> No
 PAIRS = [(one, two) for one in FORMULAS for two in FORMULAS if one != two]
 
 
-@pytest.mark.parametrize(("first", "second"), [pytest.param(*pair, id="-".join(p.name for p in pair)) for pair in PAIRS])
+@pytest.mark.parametrize(
+    ("first", "second"), [pytest.param(*pair, id="-".join(p.name for p in pair)) for pair in PAIRS]
+)
 def test_methods_stack_as_functions_of_functions(first: Adapter, second: Adapter) -> None:
     base, inputs = graph_of("bert"), inputs_of(graph_of("bert"))
     if second.name == "dora":
@@ -316,7 +319,9 @@ def test_an_outer_input_factor_reaches_what_is_below() -> None:
     base, inputs = graph_of("bert"), inputs_of(graph_of("bert"))
     graph = randomised(run.apply(base, Lora(rank=3, alpha=6, targets="*.query"), Ia3In(targets="*.query")))
     both = {item.step.name: item.tensors() for item in fold.folds(graph) if ".0." in item.site.path}
-    one = randomised(run.apply(base, Lora(rank=3, alpha=6, targets="*.layer.0.*.query"), Ia3In(targets="*.layer.0.*.query")))
+    one = randomised(
+        run.apply(base, Lora(rank=3, alpha=6, targets="*.layer.0.*.query"), Ia3In(targets="*.layer.0.*.query"))
+    )
     query = model_of("bert").get_submodule("bert.encoder.layer.0.attention.self.query")
     lora, u = both["lora"], both["ia3_in"]["u"]
     for name, tensor in {**{f"lora.{k}": v for k, v in lora.items()}, "ia3_in.u": u}.items():
@@ -339,7 +344,7 @@ def test_qalora_changes_a_weight_by_a_constant_over_each_group() -> None:
     merged = fold.fold(trained)
     for item in fold.folds(trained):
         weight = base.values[item.site.weight].double()
-        normal = dataclasses.replace(item.normal(Base(lambda: weight)))
+        normal = item.normal(Base(lambda weight=weight: weight))  # type: ignore[misc]
         pooled = 2 * item.params["b"]().double() @ item.params["a"]().double()
         change = normal.delta()
         assert change is not None

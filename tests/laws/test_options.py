@@ -83,7 +83,9 @@ def test_an_unknown_option_names_the_nearest(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in PASSES if issubclass(find(n), Adapter)])
-@pytest.mark.parametrize(("option", "value"), [("targets", 3), ("targets", None), ("exclude", ["q_proj"]), ("bias", "some")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("targets", 3), ("targets", None), ("exclude", ["q_proj"]), ("bias", "some")]
+)
 def test_an_option_of_the_wrong_type_is_named(name: str, option: str, value: Any) -> None:
     with pytest.raises(UsageError, match=option):
         make(name, **{option: value})
@@ -104,7 +106,18 @@ def test_an_unknown_method_names_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "lora(", "lora(4)", "lora(rank=f())", "lora(**{'rank': 4})", "__import__('os')", "lora.x", "1", "lora(rank=x)"]
+    "text",
+    [
+        "",
+        "lora(",
+        "lora(4)",
+        "lora(rank=f())",
+        "lora(**{'rank': 4})",
+        "__import__('os')",
+        "lora.x",
+        "1",
+        "lora(rank=x)",
+    ],
 )
 def test_what_is_no_option_string_is_refused(text: str) -> None:
     with pytest.raises(UsageError):

@@ -45,7 +45,13 @@ def test_it_is_the_formula_in_numpy(rslora: bool, alpha: float) -> None:
 
 @pytest.mark.parametrize(
     ("family", "targets"),
-    [("llama", "*.up_proj"), ("gpt2", "*.c_fc"), ("gpt2", "wpe wte"), ("bert", "word_embeddings *.query"), ("llama", "lm_head")],
+    [
+        ("llama", "*.up_proj"),
+        ("gpt2", "*.c_fc"),
+        ("gpt2", "wpe wte"),
+        ("bert", "word_embeddings *.query"),
+        ("llama", "lm_head"),
+    ],
 )
 def test_the_graph_computes_it(family: str, targets: str) -> None:
     """Against transformers with every targeted module's output moved by s · x aᵀ bᵀ."""

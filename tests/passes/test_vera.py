@@ -75,7 +75,9 @@ def test_later_sites_must_fit_the_matrices() -> None:
     assert caught.value.hint
 
 
-@pytest.mark.parametrize(("options", "word"), [({"rank": 0}, "rank"), ({"rank": -1}, "rank"), ({"dropout": 1.0}, "dropout")])
+@pytest.mark.parametrize(
+    ("options", "word"), [({"rank": 0}, "rank"), ({"rank": -1}, "rank"), ({"dropout": 1.0}, "dropout")]
+)
 def test_options_out_of_range(options: dict[str, float], word: str) -> None:
     with pytest.raises(UsageError, match=f"vera: {word}"):
         make("vera", **options)
