@@ -15,9 +15,15 @@ from surgeon.model import SurgeonModel, load_model, shifted_right
 from surgeon.passes import make
 
 TASKS = [
-    ("llama", "causal-lm"), ("gemma2", "causal-lm"), ("gpt2", "causal-lm"), ("t5", "seq2seq-lm"),
-    ("bart", "seq2seq-lm"), ("bert", "sequence-classification"), ("bert", "token-classification"), ("bert", "question-answering"),
-]  # fmt: skip
+    ("llama", "causal-lm"),
+    ("gemma2", "causal-lm"),
+    ("gpt2", "causal-lm"),
+    ("t5", "seq2seq-lm"),
+    ("bart", "seq2seq-lm"),
+    ("bert", "sequence-classification"),
+    ("bert", "token-classification"),
+    ("bert", "question-answering"),
+]
 
 
 def batch_of(graph: Graph, padding: int = 2) -> dict[str, torch.Tensor]:
