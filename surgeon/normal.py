@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -88,9 +87,8 @@ class Normal:
 
     def experts(self, chosen: slice) -> Normal:
         """The adapter of some of the experts."""
-        names = ("a", "b", "u", "s", "bias")
-        held: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return dataclasses.replace(self, **{name: v if v is None else v[chosen] for name, v in held.items()})
+        a, b, u, s, bias = (None if t is None else t[chosen] for t in (self.a, self.b, self.u, self.s, self.bias))
+        return dataclasses.replace(self, a=a, b=b, u=u, s=s, bias=bias)
 
 
 @dataclass(frozen=True)
