@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def command(
     folder: Annotated[Path, typer.Argument(help="Work folder, PEFT adapter folder or checkpoint.")] = Path("work"),
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.  [default: the target]")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; default: the target.")] = None,
     target: Annotated[str, typer.Option(help="onnx, or hf (the same as surgeon merge).")] = "onnx",
     precision: Annotated[str, typer.Option(help="Of the ONNX model: fp32 or fp16.")] = "fp32",
     base: Annotated[Path | None, typer.Option(help="The base, if it moved since the adapter was made.")] = None,
