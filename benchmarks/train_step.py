@@ -23,7 +23,6 @@ import ctypes
 import gc
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -172,7 +171,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="PEFT under torch.compile as a third side")
     parser.add_argument("--no-time", action="store_true")
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--out", type=Path, help="file for the results, JSON")
+    parser.add_argument("--out", type=Path, help="JSON file; rows of other measurements in it stay")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -187,7 +186,6 @@ def main() -> None:
 def run(options: argparse.Namespace, scratch: Path) -> None:
     """Every measurement, printed and written as it is made."""
     sides = ["surgeon", "peft", *(["peft compiled"] if options.compiled else [])]
-    rows: list[dict[str, Any]] = []
     for name in options.models:
         base = str(SMALL)
         if name == "100m":
@@ -202,10 +200,9 @@ def run(options: argparse.Namespace, scratch: Path) -> None:
                     found = {side: measured_memory(side, base, method, name, precision) for side in sides[:2]}
                     row["memory"] = found
                     row["memory / peft"] = found["surgeon"]["above"] / found["peft"]["above"]
-                rows.append(row)
                 print(shown(row), flush=True)
                 if options.out:
-                    options.out.write_text(json.dumps(described(options, rows), indent=1) + "\n")
+                    record(options.out, {**row, **described(options.rounds)})
                 gc.collect()
 
 
@@ -223,20 +220,26 @@ def shown(row: dict[str, Any]) -> str:
     return line
 
 
-def described(options: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The rows with where they were measured."""
+def record(out: Path, row: dict[str, Any]) -> None:
+    """Put a row into the results, in place of an earlier measurement of the same."""
+    key = ("model", "method", "precision")
+    rows = json.loads(out.read_text()) if out.exists() else []
+    kept = [old for old in rows if [old[k] for k in key] != [row[k] for k in key]]
+    out.write_text(json.dumps([*kept, row], indent=1) + "\n")
+
+
+def described(rounds: int) -> dict[str, Any]:
+    """How and where a row was measured."""
     import peft
     import torch
     import transformers
 
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
     return {
-        "command": "python benchmarks/train_step.py " + " ".join(sys.argv[1:]),
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads",
-        "load": os.getloadavg()[0],
-        "versions": versions,
-        "rounds": options.rounds,
-        "rows": rows,
+        "rounds": rounds,
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 1),
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft)},
     }
 
 
