@@ -77,7 +77,9 @@ class SurgeonModel(module.GraphModule):
         """
         count = inputs.pop("num_items_in_batch", None)
         known = {name: value for name, value in inputs.items() if value is not None and name not in _IGNORED}
-        spans: dict[str, Any] = {name: known.pop(name) for name in ("start_positions", "end_positions") if name in known}
+        spans: dict[str, Any] = {
+            name: known.pop(name) for name in ("start_positions", "end_positions") if name in known
+        }
         given = self._filled(known, labels)
         if labels is None and not spans:
             return Output(**dict(zip(self.graph.outputs, self.run(self.graph.trunk, *given), strict=True)))

@@ -185,7 +185,7 @@ def _parent(root: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _frame(root: nn.Module, graph: Graph) -> None:
-    """The modules, in the order of the tensors: so a tied one counts under the name it is stored by, as in its model."""
+    """The modules, in the order of the tensors: a tied one counts under the name it is stored by, as in its model."""
     for name in (*graph.tensors, *(f"{path}." for path in graph.layers)):
         module, path = root, ""
         for part in name.split(".")[:-1]:
