@@ -26,8 +26,8 @@ _HEAD = """# Coverage
 `python -m benchmarks.coverage` · torch {torch}, transformers {transformers}, CPU, tiny random models.
 
 captured: largest error of the logits over the largest logit, two shapes, one left-padded, against transformers' eager
-fp32 · attention: `surgeon::attention` nodes of attention modules · applied: LoRA sites with `all-linear`, of all linears
-· trained: loss of a step in which every adapter parameter got a finite gradient · merged: error of the merged weights ·
+fp32 · attention: `surgeon::attention` nodes of attention modules · applied: LoRA sites with `all-linear`, of linears ·
+trained: loss of a step in which every adapter parameter got a finite gradient · merged: error of the merged weights ·
 exported: error of the ONNX graph in onnxruntime · seconds: of the capture
 """
 
@@ -109,7 +109,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     text = [_HEAD.format(torch=torch.__version__, transformers=transformers.__version__)]
     for title, group in zip(("Architectures", "Popular checkpoints"), names(), strict=True):
         done = [rows[name] for name in group if name in rows]
-        counts = ", ".join(f"{sum(bool(r.get(c)) for r in done)} {c}" for c in ("captured", "trained", "merged", "exported"))
+        steps = ("captured", "trained", "merged", "exported")
+        counts = ", ".join(f"{sum(bool(row.get(step)) for row in done)} {step}" for step in steps)
         nodes = sum(bool(r.get("captured")) and not str(r.get("attention", "0")).startswith("0") for r in done)
         text.append(f"\n## {title}: {len(done)} of {len(group)} rows: {counts}, {nodes} with attention nodes\n")
         text.append("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -146,15 +147,12 @@ def _randomised(graph: Graph) -> Graph:
     """Adapters that change the model: b drawn like a."""
     inserted = dict(graph.inserted)
     for number, (name, spec) in enumerate(graph.trainable().items()):
-        generator = torch.Generator().manual_seed(number)
-        inserted[name] = lambda s=spec.shape, g=generator.get_state(): _drawn(s, g)  # type: ignore[misc]
+        inserted[name] = functools.partial(_drawn, spec.shape, number)
     return dataclasses.replace(graph, inserted=inserted)
 
 
-def _drawn(shape: tuple[int, ...], state: torch.Tensor) -> torch.Tensor:
-    generator = torch.Generator()
-    generator.set_state(state)
-    return torch.randn(shape, generator=generator) * 0.1
+def _drawn(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.1
 
 
 def _train(graph: Graph, batch: dict[str, torch.Tensor], theirs: PreTrainedModel) -> tuple[float, list[str]]:
@@ -162,7 +160,8 @@ def _train(graph: Graph, batch: dict[str, torch.Tensor], theirs: PreTrainedModel
     model = module.load(_randomised(graph)).train()
     loss = _loss(model(*batch.values())[0], batch)
     loss.backward()
-    bad = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())]
+    adapters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    bad = [name for name, p in adapters if p.grad is None or not p.grad.isfinite().all()]
     unreached = _unreached(theirs, batch) if bad else set()
     without = sorted({name.rpartition(".lora.")[0] for name in bad})
     for site in without:

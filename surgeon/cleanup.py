@@ -1,9 +1,9 @@
 """What `torch.export` bakes into a graph and surgeon takes out again: device, dtype, assertions, no-ops.
 
-Models are traced in bf16 on the meta device, so every `bfloat16` in the trace means "the dtype of the model" and every
-`meta` means "the device of the model". Both become attributes the running module supplies, which is why one graph runs
-on cpu or cuda, in fp32, bf16 or fp16. A cast back to the model's dtype that ends an fp32 island (norms, softmax) instead
-follows the tensor the island began with, as `x.to(input_dtype)` does, so that autocast sees what eager code sees.
+Models are traced in bf16 on meta, so every `bfloat16` in the trace means "the dtype of the model" and every `meta` means
+"the device of the model". Both become attributes the running module supplies, which is why one graph runs on cpu or
+cuda, in fp32, bf16 or fp16. A cast back to the model's dtype that ends an fp32 island (norms, softmax) instead follows
+the tensor the island began with, as `x.to(input_dtype)` does, so that autocast sees what eager code sees.
 """
 
 from __future__ import annotations
@@ -77,8 +77,12 @@ def _name_sizes(graph: fx.Graph) -> None:
 
 
 def _changes_weights(node: fx.Node) -> bool:
-    """An in-place clamp of a parameter's data while training (Gemma 3n): base weights are not for a forward to change."""
-    if node.op != "call_function" or node.users or not str(node.target).partition(".")[2].partition(".")[0].endswith("_"):
+    """An in-place clamp of a parameter while training (Gemma 3n): base weights are not for a forward to change."""
+    if (
+        node.op != "call_function"
+        or node.users
+        or not str(node.target).partition(".")[2].partition(".")[0].endswith("_")
+    ):
         return False
     source = node.args[0] if node.args else None
     if isinstance(source, fx.Node) and source.target is aten.detach.default:
@@ -89,8 +93,12 @@ def _changes_weights(node: fx.Node) -> bool:
 def _only_part(node: fx.Node) -> fx.Node | None:
     """What is concatenated to nothing, as the first keys and values of an empty cache are."""
     parts: Any = node.args[0]
-    filled = [part for part in parts if tuple(part.meta["val"].shape) != (0,)]
+    filled = [part for part in parts if not _is_empty_row(part.meta["val"].shape)]
     return filled[0] if len(filled) == 1 < len(parts) else None
+
+
+def _is_empty_row(shape: torch.Size) -> bool:
+    return len(shape) == 1 and isinstance(shape[0], int) and shape[0] == 0
 
 
 def _symbol(size: Any) -> str:
@@ -106,7 +114,12 @@ def _is_full_slice(node: fx.Node) -> bool:
     if node.target is not aten.slice.Tensor:
         return False
     start, end, step = (*node.args[2:], *(None, None, None)[len(node.args) - 2 :])[:3]
-    return start in (None, 0) and isinstance(end, (int, type(None))) and (end is None or end >= 2**62) and step in (None, 1)
+    return (
+        start in (None, 0)
+        and isinstance(end, (int, type(None)))
+        and (end is None or end >= 2**62)
+        and step in (None, 1)
+    )
 
 
 def _cast_dtype(node: fx.Node) -> torch.dtype | None:
@@ -118,10 +131,9 @@ def _retarget_cast(graph: fx.Graph, node: fx.Node) -> None:
     source, dtype = node.args[0], _cast_dtype(node)
     assert isinstance(source, fx.Node)
     before = source.meta["val"].dtype
-    if dtype is None or (dtype == before and dtype != TRACE_DTYPE):
-        if dtype is None or not dtype.is_floating_point:
-            _forward(graph, node, source)
-            return
+    if dtype is None or (dtype == before and not dtype.is_floating_point):
+        _forward(graph, node, source)
+        return
     with graph.inserting_before(node):
         if dtype != TRACE_DTYPE:
             cast = graph.call_function(aten.to.dtype, (source, dtype))
@@ -196,7 +208,7 @@ def _retarget_factory(graph: fx.Graph, node: fx.Node) -> None:
 
 def _fold_guards(graph: fx.Graph) -> None:
     """Comparisons of sizes that only fed removed assertions are dead; `eliminate_dead_code` keeps pure ones out."""
+    comparisons = (operator.ge, operator.le, operator.eq, operator.and_)
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and node.target in (operator.ge, operator.le, operator.eq, operator.and_):
-            if not node.users:
-                graph.erase_node(node)
+        if node.op == "call_function" and node.target in comparisons and not node.users:
+            graph.erase_node(node)

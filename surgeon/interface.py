@@ -72,7 +72,7 @@ def _mask(
     if description is None:
         _records[-1].notes.append(f"explicit mask: {getattr(mask_function, '__qualname__', mask_function)}")
         options = {k: v for k, v in kwargs.items() if k in ("use_vmap", "local_size", "config")}
-        return masking_utils.sdpa_mask(  # type: ignore[return-value]
+        return masking_utils.sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
             allow_is_causal_skip=False, allow_is_bidirectional_skip=False, device=device, **options,
         )  # fmt: skip
@@ -102,7 +102,9 @@ def _attention(
     """One `surgeon::attention` node; returns `[b, t, h, d_v]` as transformers expects."""
     for name, given in others.items():
         if isinstance(given, torch.Tensor) and name not in _HARMLESS:
-            raise UnsupportedError(f"the attention takes {name}, which the attention node has not", type(module).__name__)
+            raise UnsupportedError(
+                f"the attention takes {name}, which the attention node has not", type(module).__name__
+            )
     description: Mask | None = getattr(attention_mask, "surgeon_mask", None)
     keys, bias = attention_mask, position_bias
     if attention_mask is None:
@@ -125,11 +127,11 @@ def _both(mask: torch.Tensor, bias: torch.Tensor | None, like: torch.Tensor) -> 
         return mask
     if mask.dtype != torch.bool:
         return mask + bias
-    return bias.to(like.dtype).masked_fill(~mask, torch.finfo(torch.float32).min)
+    return bias.to(like.dtype).masked_fill(~mask, torch.finfo(like.dtype).min)
 
 
 def _role(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor) -> str:
-    """"cross" where keys come from another sequence: transformers' classes say so, or the lengths differ."""
+    """Cross where keys come from another sequence: transformers' classes say so, or the lengths differ."""
     names = (type(module).__name__, getattr(module, "is_cross_attention", False))
     if "Cross" in names[0] or names[1] or not _same_length(query, key):
         return "cross"
@@ -142,7 +144,7 @@ def _same_length(query: torch.Tensor, key: torch.Tensor) -> bool:
 
 
 def _experts(
-    module: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """A mixture of experts over tokens sorted by expert: two or three `surgeon::expert_linear` nodes, any routing."""
     each = top_k_index.shape[-1]
@@ -160,7 +162,9 @@ def _experts(
 
 def _through(module: torch.nn.Module, name: str, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
-    return torch.ops.surgeon.expert_linear(rows, getattr(module, name), ids, bias, transposed=bool(module.is_transposed))
+    return torch.ops.surgeon.expert_linear(
+        rows, getattr(module, name), ids, bias, transposed=bool(module.is_transposed)
+    )
 
 
 AttentionInterface.register(NAME, _attention)

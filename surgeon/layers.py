@@ -41,11 +41,12 @@ def _reading(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in (
+_READS = (
     "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __floordiv__ __rfloordiv__ __mod__ "
     "__rmod__ __pow__ __neg__ __abs__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __hash__ __bool__ __int__ __float__ "
     "__index__ __str__ __repr__ __format__ __and__ __rand__"
-).split():
+)
+for _name in _READS.split():
     setattr(LayerIndex, _name, _reading(_name))
 
 

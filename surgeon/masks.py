@@ -1,14 +1,15 @@
 """From transformers' mask functions to the semantic description that the attention node carries.
 
-Transformers builds every attention mask from composable functions of (batch, head, query, key) indices. `describe` reads
-the composition into causal / window / chunk; `check` evaluates both on indices around every boundary. What cannot be
-described stays an explicit mask, never a guess.
+Transformers builds every attention mask from composable functions of (batch, head, query, key) indices. `describe`
+reads the composition into causal / window / chunk; `check` evaluates both on indices around every boundary. What cannot
+be described stays an explicit mask, never a guess.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import masking_utils
@@ -65,7 +66,7 @@ def check(function: MaskFunction, mask: Mask) -> None:
             )
 
 
-def _cells(function: Callable[..., object]) -> dict[str, object]:
+def _cells(function: Callable[..., object]) -> dict[str, Any]:
     closure = getattr(function, "__closure__", None) or ()
     names = function.__code__.co_freevars if hasattr(function, "__code__") else ()
     return {name: cell.cell_contents for name, cell in zip(names, closure, strict=True)}

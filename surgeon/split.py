@@ -117,7 +117,8 @@ class _Builder:
         return Split(self.trunk, self.layers)
 
     def _is_marker(self, node: fx.Node) -> bool:
-        return node.target is _surgeon.leave.default or node.target is operator.getitem and node.args[0] in self.region_of
+        item = node.target is operator.getitem and node.args[0] in self.region_of
+        return item or node.target is _surgeon.leave.default
 
     def _call(self, region: Region, given: object, marker: fx.Node) -> None:
         """Build the layer's graph and call it from the trunk."""
@@ -131,7 +132,7 @@ class _Builder:
             item.meta = dict(result.meta)
             self.new.setdefault(result, item)
         for item in region.leave.users:
-            self.new[item] = self.new[region.leave.args[0][item.args[1]]]  # type: ignore[index]
+            self.new[item] = self.new[region.leave.args[0][item.args[1]]]
 
     def _follow(self, node: fx.Node) -> None:
         """An opaque layer: the same graph, called with its own arguments."""
@@ -142,7 +143,7 @@ class _Builder:
         order = {result: i for i, result in enumerate(self.results[region.path])}
         assert region.leave is not None
         for item in node.users:
-            result = region.leave.args[0][item.args[1]]  # type: ignore[index]
+            result = region.leave.args[0][item.args[1]]
             made = self.trunk.call_function(operator.getitem, (call, order[result]))
             made.meta = dict(item.meta)
             self.new[item] = made
@@ -179,7 +180,7 @@ def _layer_graph(
         return made
 
     def item_source(node: fx.Node) -> int | fx.Node:
-        return int(node.args[1]) if _is_getitem_of(node, region.enter) else node  # type: ignore[arg-type]
+        return int(node.args[1]) if _is_getitem_of(node, region.enter) else node
 
     order = [source for node in region.nodes for source in node.all_input_nodes]
     assert region.leave is not None
@@ -194,8 +195,10 @@ def _layer_graph(
     for node in region.nodes:
         new[node] = layer.node_copy(node, lambda n: new[n])
         new[node].meta["path"] = str(node.meta.get("path", "")).removeprefix(region.path).removeprefix(".")
-    results = list(dict.fromkeys(region.leave.args[0]))  # type: ignore[arg-type]
-    results += [n for n in region.nodes if n not in results and any(u not in members and u is not region.leave for u in n.users)]
+    results = list(dict.fromkeys(region.leave.args[0]))
+    results += [
+        n for n in region.nodes if n not in results and any(u not in members and u is not region.leave for u in n.users)
+    ]
     layer.output(tuple(new[node] for node in results))
     sweep(layer)
     layer.lint()

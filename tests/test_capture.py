@@ -89,7 +89,9 @@ def difference(ours: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     assert len(ours) == len(other)
     for x, y in zip(ours, other, strict=True):
         assert x.shape == y.shape
-    return max(float((x.float() - y.float()).abs().max() / y.float().abs().max()) for x, y in zip(ours, other, strict=True))
+    return max(
+        float((x.float() - y.float()).abs().max() / y.float().abs().max()) for x, y in zip(ours, other, strict=True)
+    )
 
 
 @every
@@ -174,9 +176,11 @@ def test_a_model_in_half_precision_equals_transformers(family: str, dtype: torch
 
 
 def in_dtype(model: Any, dtype: torch.dtype) -> nn.Module:
-    """The model as `from_pretrained(dtype=…)` gives it: parameters in `dtype`, computed buffers as its code makes them."""
+    """The model as `from_pretrained(dtype=…)` gives it: parameters in `dtype`, buffers as its code makes them."""
     config = copy.deepcopy(model.config)
-    half: nn.Module = type(model)._from_config(config, attn_implementation=model.config._attn_implementation, dtype=dtype)
+    half: nn.Module = type(model)._from_config(
+        config, attn_implementation=model.config._attn_implementation, dtype=dtype
+    )
     half.load_state_dict(model.state_dict())
     return half.eval()
 
@@ -184,7 +188,7 @@ def in_dtype(model: Any, dtype: torch.dtype) -> nn.Module:
 @pytest.mark.parametrize("family", DROPOUT)
 @torch.no_grad()
 def test_dropout_acts_in_training_alone(family: str) -> None:
-    model, graph = captured(family)
+    graph = captured(family)[1]
     loaded, batch = load(graph), batch_of(graph, 2, 8)
     first = loaded(*batch.values())
     assert all(torch.equal(x, y) for x, y in zip(first, loaded(*batch.values()), strict=True))
@@ -209,7 +213,7 @@ def test_without_probability_training_is_evaluation(family: str) -> None:
 
 @torch.no_grad()
 def test_the_same_seed_draws_transformers_own_dropout() -> None:
-    model, graph = captured("bert")
+    graph = captured("bert")[1]
     model = build(families.tiny_config("bert"), "sequence-classification")
     model.set_attn_implementation("sdpa")
     loaded, batch = load(graph).train(), batch_of(graph, 2, 8)
@@ -258,7 +262,8 @@ TASKS = [
     for task in ("sequence-classification", "token-classification", "question-answering", "features")
     if (family, task) != ("bert", "question-answering")  # its tiny config has three labels, which transformers refuses
 ] + [
-    ("t5", "features"), ("t5", "question-answering"), ("bart", "features"), ("bart", "sequence-classification"), ("llama", "sequence-classification"),
+    ("t5", "features"), ("t5", "question-answering"), ("bart", "features"), ("bart", "sequence-classification"),
+    ("llama", "sequence-classification"),
     ("llama", "features"), ("llama", "token-classification"), ("llama", "question-answering"),
     ("gpt2", "sequence-classification"), ("bart", "causal-lm"), ("bert", "causal-lm"),
 ]  # fmt: skip

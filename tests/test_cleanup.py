@@ -108,6 +108,11 @@ def test_nothing_concatenated_is_nothing() -> None:
     assert [node.op for node in graph.nodes] == ["placeholder", "call_function", "output"]
 
 
+def test_what_is_concatenated_to_itself_stays() -> None:
+    graph, x = cleaned(lambda x: torch.cat([x, x], -1), (3, 4)), torch.randn(2, 4)
+    assert torch.equal(run(graph, x), torch.cat([x, x], -1))
+
+
 def test_a_transposed_product_is_a_linear() -> None:
     for turned in (lambda w: w.T, lambda w: w.t(), lambda w: w.transpose(0, 1), lambda w: w.mT):
         graph = cleaned(lambda w, x, turned=turned: x @ turned(w), (3, 4), weight=(5, 4))

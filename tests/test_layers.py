@@ -43,7 +43,10 @@ def text(graph: fx.Graph) -> list[str]:
 
 @pytest.mark.parametrize("family", BOTH_WAYS)
 def test_every_layer_traced_alone_is_the_shared_one(family: str) -> None:
-    shared, alone = graph_of(family), capture_config(families.tiny_config(family), families.task_of(family), share_layers=False)
+    shared, alone = (
+        graph_of(family),
+        capture_config(families.tiny_config(family), families.task_of(family), share_layers=False),
+    )
     assert len(alone.groups()) == len(alone.layers)
     assert list(alone.layers) == list(shared.layers)
     for path, layer in shared.layers.items():
@@ -96,7 +99,9 @@ def traced(model: nn.Module) -> tuple[LayerTracer, fx.Graph]:
         try:
             with tracer, torch.no_grad():
                 program = torch.export.export(model, (torch.randn(3, 4),), strict=False)
-            again = [kind.shape for kind in tracer.kinds.values() if kind.followers and any(i.read for i in kind.indices)]
+            again = [
+                kind.shape for kind in tracer.kinds.values() if kind.followers and any(i.read for i in kind.indices)
+            ]
             if not again:
                 return tracer, program.module(check_guards=False).graph
             private.update(again)
@@ -137,7 +142,15 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def test_an_index_remembers_being_looked_at() -> None:
-    looks: list[Any] = [lambda i: i + 1, lambda i: i == 3, lambda i: {i}, str, int, lambda i: [0] * 9 and list(range(9))[i], bool]
+    looks: list[Any] = [
+        lambda i: i + 1,
+        lambda i: i == 3,
+        lambda i: {i},
+        str,
+        int,
+        lambda i: [0] * 9 and list(range(9))[i],
+        bool,
+    ]
     for look in looks:
         index = LayerIndex(3)
         assert not index.read

@@ -50,7 +50,13 @@ def test_every_cell_is_transformers(function: masks.MaskFunction, mask: Mask, pa
 
 @pytest.mark.parametrize(
     "wrong",
-    [Mask(causal=True, window=4), Mask(causal=True, window=6), Mask(window=5), Mask(causal=True), Mask(causal=True, chunk=5)],
+    [
+        Mask(causal=True, window=4),
+        Mask(causal=True, window=6),
+        Mask(window=5),
+        Mask(causal=True),
+        Mask(causal=True, chunk=5),
+    ],
     ids=str,
 )
 def test_a_description_that_is_not_the_function_is_refused(wrong: Mask) -> None:

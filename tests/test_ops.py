@@ -17,8 +17,14 @@ attention = torch.ops.surgeon.attention
 expert_linear = torch.ops.surgeon.expert_linear
 
 
-def tensors(rows: int = 2, heads: int = 4, kv: int = 2, queries: int = 6, keys: int = 6, size: int = 8, out: int = 8) -> list[Tensor]:
-    return [torch.randn(rows, heads, queries, size), torch.randn(rows, kv, keys, size), torch.randn(rows, kv, keys, out)]
+def tensors(
+    rows: int = 2, heads: int = 4, kv: int = 2, queries: int = 6, keys: int = 6, size: int = 8, out: int = 8
+) -> list[Tensor]:
+    return [
+        torch.randn(rows, heads, queries, size),
+        torch.randn(rows, kv, keys, size),
+        torch.randn(rows, kv, keys, out),
+    ]
 
 
 def seen(query: int, key: int, start: int, causal: bool, window: int, chunk: int) -> bool:
@@ -89,7 +95,9 @@ def test_a_boolean_bias_hides() -> None:
     keep = torch.rand(2, 1, 6, 6) > 0.4
     keep[..., 0] = True
     hidden = torch.zeros(keep.shape).masked_fill(~keep, float("-inf"))
-    assert torch.allclose(attention(q, k, v, None, keep, scale=0.3).double(), reference(q, k, v, None, hidden), atol=2e-6)
+    assert torch.allclose(
+        attention(q, k, v, None, keep, scale=0.3).double(), reference(q, k, v, None, hidden), atol=2e-6
+    )
 
 
 def test_a_row_that_sees_nothing_is_zero_and_has_finite_gradients() -> None:
@@ -143,7 +151,9 @@ def test_visible_is_nothing_where_every_key_is_seen() -> None:
 def test_every_row_goes_through_its_expert(transposed: bool, biased: bool) -> None:
     x, weight, bias = torch.randn(7, 5), torch.randn(4, 3, 5), torch.randn(4, 3) if biased else None
     routed = torch.tensor([0, 0, 1, 1, 1, 3, 3])  # nobody goes to expert 2
-    expected = torch.stack([weight[e] @ row + (0 if bias is None else bias[e]) for row, e in zip(x, routed, strict=True)])
+    expected = torch.stack(
+        [weight[e] @ row + (0 if bias is None else bias[e]) for row, e in zip(x, routed, strict=True)]
+    )
     stored = weight.transpose(1, 2).contiguous() if transposed else weight
     found = expert_linear(x, stored, routed, bias, transposed=transposed)
     assert torch.allclose(found, expected, atol=1e-6)
@@ -162,7 +172,9 @@ def test_experts_train_and_stay_one_node() -> None:
 
     dynamic = ({0: torch.export.Dim("n")}, None, {0: torch.export.Dim("n")})
     given = (x.detach(), weight.detach(), routed)
-    program = torch.export.export(Model(), given, strict=False, dynamic_shapes={"a": dynamic[0], "w": None, "e": dynamic[2]})
+    program = torch.export.export(
+        Model(), given, strict=False, dynamic_shapes={"a": dynamic[0], "w": None, "e": dynamic[2]}
+    )
     assert [n.target for n in program.graph.nodes if n.op == "call_function"] == [expert_linear.default]
     longer = torch.randn(9, 5, dtype=torch.float64), weight.detach(), torch.tensor([0] * 4 + [2] * 5)
     assert torch.allclose(program.module()(*longer), expert_linear(*longer))
