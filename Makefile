@@ -25,12 +25,12 @@ check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# One thread per worker: small tensors gain nothing from more, and workers would fight over the cores.
+# A file stays on one worker, where its captures are made once. One thread per worker: small tensors gain nothing from more, and workers would fight over the cores.
 test: check ## check, then the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-all: check ## check, then every test, the slow ones too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 bench-quick: $(STAMP) ## measure the numbers of the README's first screen (at most ten minutes)
 	$(BIN)/python -m benchmarks.quick

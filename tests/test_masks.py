@@ -19,7 +19,7 @@ FUNCTIONS = [
     (masking_utils.sliding_window_bidirectional_mask_function(3), Mask(window=3)),
     (masking_utils.chunked_causal_mask_function(5, NO_PADDING), Mask(causal=True, chunk=5)),
 ]
-each = pytest.mark.parametrize(("function", "mask"), FUNCTIONS, ids=lambda value: str(value)[:40])
+each = pytest.mark.parametrize(("function", "mask"), FUNCTIONS, ids=[str(mask) for _, mask in FUNCTIONS])
 
 
 @each
