@@ -45,6 +45,7 @@ def _facts(method: type[Pass]) -> dict[str, Any]:
         "stacks": method.stacks,
         "sites": method.kinds,
         "inserts": inserts(method),
+        "learning_rate": method.learning_rate,
         "options": options_of(method),
     }
 
@@ -59,6 +60,7 @@ def _page(method: type[Pass]) -> Any:
         "at": ", ".join(method.kinds) or "the whole graph",
         "keeps": KEEPS[method.keeps],
         "stacks": "may be applied again" if method.stacks else "once",
+        "learning rate": f"{method.learning_rate:g} unless surgeon train is told another",
     }
     table = output.table("", ("option", "type", "default", "what it does"), rows)
     return Group(equation(method), "", text, "", output.fields(facts), table)

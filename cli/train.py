@@ -25,7 +25,7 @@ HELP = {
     "epochs": "Passes over the data, where --steps is not given (1).",
     "batch_size": "Samples of a batch.",
     "gradient_accumulation": "Batches of a step.",
-    "lr": "Highest learning rate, of AdamW.",
+    "lr": "Highest learning rate, of AdamW (the method's own: surgeon passes NAME).",
     "scheduler": f"Of the learning rate: {', '.join(SCHEDULERS)}.",
     "warmup": "Steps over which it rises from 0, or a share of all below 1.",
     "weight_decay": "AdamW's.",

@@ -61,12 +61,14 @@ class Pass:
         keeps: what holds when it is inserted: "exact" (same bits), "close" (same up to rounding) or "changes".
         stacks: whether it may be applied to a graph that already has it.
         kinds: kinds of site it works on.
+        learning_rate: AdamW's, where the user names none.
     """
 
     name: ClassVar[str] = ""
     keeps: ClassVar[str] = "exact"
     stacks: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ()
+    learning_rate: ClassVar[float] = 2e-4
 
     def requires(self, graph: Graph) -> None:
         """Raise SurgeonError if the graph is not one this pass can be applied to."""

@@ -38,6 +38,7 @@ class Vera(Adapter):
     peft_type: ClassVar[str] = "VERA"
     peft_bias: ClassVar[str] = "vera_only"
     kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D)
+    learning_rate: ClassVar[float] = 1e-2
     rank: int = 256
     d_initial: float = 0.1
     dropout: float = 0.0

@@ -16,7 +16,8 @@ PRECISIONS = ("fp32", "bf16")
 class Recipe:
     """How to train. One of `steps` and `epochs` (default: one epoch); `warmup` is steps, or a share of all below 1.
 
-    Samples are cut to `max_length` tokens (default: the model's longest position).
+    Samples are cut to `max_length` tokens (default: the model's longest position). `lr` is the highest learning rate
+    (default: that of the method that was applied).
 
     A step is `gradient_accumulation` batches of `batch_size` samples. `weight_decay` is AdamW's, `max_grad_norm` clips
     (0: not). `precision` "bf16" is autocast; parameters stay as they are. `eval_every` and `save_every` count steps.
@@ -26,7 +27,7 @@ class Recipe:
     epochs: float | None = None
     batch_size: int = 8
     gradient_accumulation: int = 1
-    lr: float = 2e-4
+    lr: float | None = None
     scheduler: str = "cosine"
     warmup: float = 0.05
     weight_decay: float = 0.0

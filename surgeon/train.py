@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from surgeon.data import Collator
 from surgeon.errors import UnsupportedError, UsageError
 from surgeon.loss_log import LossLog, ProgressBar, plot_log, read_log
+from surgeon.passes.base import Pass
 from surgeon.recipe import SCHEDULERS, Recipe, make_recipe
 from surgeon.render import Rendered, load_data
 from surgeon.trainer import Hook, SurgeonTrainer, check_same_run, checkpoints
@@ -63,6 +64,8 @@ def train(
     Raises UsageError for bad options, data or checkpoints, CheckFailed when the loss or the gradient is not finite.
     """
     recipe = recipe or make_recipe(options)
+    if recipe.lr is None:
+        recipe = replace(recipe, lr=learning_rate(model))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trainable:
         raise UsageError("no parameter of the model trains", type(model).__name__, "apply a method to it first")
@@ -105,6 +108,12 @@ def train(
     plot = out / "loss.png"
     plot_log(log.path, plot, f"{run['total_steps']} steps, {trainable:,} trained parameters")
     return _report(trainer, log, plot, trainable, samples.summary(), time.perf_counter() - began, done)
+
+
+def learning_rate(model: nn.Module) -> float:
+    """The highest learning rate the methods applied to the model ask for; LoRA's for a model without a graph."""
+    graph = getattr(model, "graph", None)
+    return max((step.learning_rate for step in getattr(graph, "applied", ())), default=Pass.learning_rate)
 
 
 def _samples(data: Rendered | str | Path, tokenizer: Any, max_length: int | None) -> Rendered:

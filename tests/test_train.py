@@ -342,3 +342,16 @@ def _train_until_killed(out: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     _train_until_killed(Path(sys.argv[1]))
+
+
+def test_the_method_says_how_fast_it_learns() -> None:
+    from benchmarks.zoo.graphs import graph_of
+    from surgeon import passes, run
+    from surgeon.model import SurgeonModel
+    from surgeon.train import learning_rate
+
+    lora = run.apply(graph_of("llama"), passes.make("lora", rank=2))
+    both = run.apply(lora, passes.make("vera", rank=2))
+    assert learning_rate(SurgeonModel(lora)) == passes.find("lora").learning_rate
+    assert learning_rate(SurgeonModel(both)) == passes.find("vera").learning_rate > passes.find("lora").learning_rate
+    assert learning_rate(torch.nn.Linear(2, 2)) == passes.find("lora").learning_rate
