@@ -88,7 +88,7 @@ def _steps(result: Row, exporter: Callable[[Graph], float] | None) -> None:
     if error > BOUND:
         raise ValueError(f"logits differ by {error:.1e}")
     result.captured = f"{error:.0e}"
-    adapted = run.apply(graph, make("lora", targets="all-linear", rank=2))
+    adapted = run.apply(graph, make("lora", targets="all-linear", rank=1))
     result.applied = f"{len(_adapted(adapted))} of {len(sites(graph, LINEAR, CONV1D))}"
     loss, without = _train(adapted, _batches(graph, config)[1], model)
     result.trained = f"{loss:.2f}"

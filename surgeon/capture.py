@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import itertools
+from dataclasses import dataclass
 
 import torch
 import transformers
@@ -19,7 +21,7 @@ from surgeon import cleanup, interface, ops
 from surgeon.errors import SurgeonError, UnsupportedError
 from surgeon.graph import Graph
 from surgeon.layers import LayerTracer, Retrace
-from surgeon.program import FIXED_LENGTH, LOOPS, Trace, assemble, check_lengths, lifted, reason
+from surgeon.program import FIXED_LENGTH, LOOPS, NOISY, Trace, assemble, check_lengths, check_noise, lifted, reason
 from surgeon.split import split
 from surgeon.tasks import TASKS, Task, find_task
 from surgeon.tracing import literals, quiet, silence_noise
@@ -61,13 +63,12 @@ def capture_config(
     """
     kind = task if isinstance(task, Task) else find_task(task, config.architectures, config.model_type)
     reasons: list[str] = []
-    for attention, length in ((a, n) for a in ("surgeon", "sdpa", "eager") for n in _LENGTHS):
-        if length != _LENGTHS[0] and not reasons[-1].startswith(FIXED_LENGTH):
+    for way in itertools.starmap(_Way, itertools.product(("surgeon", "sdpa", "eager"), _LENGTHS, (True, False))):
+        if not way.answers(reasons[-1] if reasons else ""):
             continue
-        if reasons and reasons[-1].startswith(LOOPS):
-            break
+        attention = way.attention
         with quiet(), contextlib.suppress(_NotThisWay):
-            model, trace = _traced(config, kind, attention, length, share_layers, reasons)
+            model, trace = _traced(config, kind, way, share_layers, reasons)
             notes = list(trace.notes)
             if attention != "surgeon":
                 notes += [f"attention captured as {attention}", *dict.fromkeys(reasons)]
@@ -81,20 +82,36 @@ def capture_config(
     )
 
 
+@dataclass(frozen=True)
+class _Way:
+    """One way to trace: attention implementation, tokens of the example, and whether in training mode."""
+
+    attention: str
+    length: int
+    training: bool
+
+    def answers(self, why: str) -> bool:
+        """Whether to try this way after the one before it failed with `why`."""
+        longer, quieter = self.length != _LENGTHS[0], not self.training
+        if why.startswith(LOOPS):
+            return False
+        return (not longer or why.startswith(FIXED_LENGTH)) and (not quieter or why.startswith(NOISY))
+
+
 class _NotThisWay(Exception):
-    """This attention implementation cannot be traced; try the next."""
+    """It cannot be traced this way; try the next."""
 
 
 def _traced(
-    config: transformers.PretrainedConfig, task: Task, attention: str, length: int, share: bool, reasons: list[str]
+    config: transformers.PretrainedConfig, task: Task, way: _Way, share: bool, reasons: list[str]
 ) -> tuple[transformers.PreTrainedModel, Trace]:
     private: set[str] = set()
     try:
         while True:
-            model = build(config, task, attention)
+            model = build(config, task, way.attention)
             before = len(private)
             try:
-                return model, _export(model, task, length, share, private)
+                return model, _export(model, task, way, share, private)
             except Retrace:
                 if not share:
                     raise UnsupportedError("a layer reads what another computed, besides what it is given") from None
@@ -129,10 +146,10 @@ def example_inputs(model: nn.Module, task: Task, length: int = _LENGTHS[0]) -> d
     return {name: value for name, value in inputs.items() if name in accepted}
 
 
-def _export(model: transformers.PreTrainedModel, task: Task, length: int, share: bool, private: set[str]) -> Trace:
-    inputs = example_inputs(model, task, length)
+def _export(model: transformers.PreTrainedModel, task: Task, way: _Way, share: bool, private: set[str]) -> Trace:
+    inputs = example_inputs(model, task, way.length)
     names: list[str] = []
-    notes = silence_noise(model)
+    notes = silence_noise(model, way.training)
     forward = model.forward
     extra = {"use_cache": False} if "use_cache" in inspect.signature(forward).parameters else {}
 
@@ -148,6 +165,7 @@ def _export(model: transformers.PreTrainedModel, task: Task, length: int, share:
     tracer = LayerTracer(model, share=share, private=private)
     with interface.recording() as record, tracer, torch.no_grad(), literals():
         program = torch.export.export(model, (), inputs, dynamic_shapes=dynamic, strict=False)
+    check_noise(program)
     check_lengths(program, inputs, model.config)
     for kind in tracer.kinds.values():
         if kind.followers and any(index.read for index in kind.indices):

@@ -1,9 +1,9 @@
 """What `torch.export` bakes into a graph and surgeon takes out again: device, dtype, assertions, no-ops.
 
 Models are traced in bf16 on meta: every `bfloat16` in the trace means "the dtype of the model" and every `meta` "the
-device of the model". Both become attributes the running module supplies, which is why one graph runs on cpu or cuda, in
-fp32, bf16 or fp16. A cast back to the model's dtype that ends an fp32 island (norms, softmax) instead follows the tensor
-the island began with, as `x.to(input_dtype)` does, so that autocast sees what eager code sees.
+device of the model". Both become attributes the running module supplies, which is why one graph runs on cpu or cuda,
+in fp32, bf16 or fp16. A cast back to the model's dtype that ends an fp32 island (norms, softmax) follows the tensor
+that the island began with, as `x.to(input_dtype)` does, so that autocast sees what eager code sees.
 """
 
 from __future__ import annotations

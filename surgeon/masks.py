@@ -40,7 +40,7 @@ def describe(function: MaskFunction) -> Mask | None:
     if name.startswith("and_masks."):
         return _joined([describe(part) for part in cells["mask_functions"]])
     if name.startswith(("sliding_window_overlay.", "sliding_window_bidirectional_overlay.")):
-        return Mask(window=int(cells["sliding_window"]))
+        return Mask(window=int(cells["sliding_window"])) if cells["sliding_window"] else None
     if name.startswith("chunked_overlay."):
         return Mask(chunk=int(cells["chunk_size"]))
     return None

@@ -16,7 +16,9 @@ from surgeon.graph import Graph, TensorSpec, copied, sweep
 from surgeon.split import Split
 
 FIXED_LENGTH = "the trace holds only for some lengths"
+NOISY = "training draws random numbers besides dropout"
 LOOPS = "its code fixes the length: it loops over tokens, or computes with their number"
+_POSITIONS = ("max_position_embeddings", "max_seq_len")
 _GROWTH = (1, 2, 3, 7, 40)
 
 
@@ -57,12 +59,26 @@ def check_lengths(
     """
     code: list[str] = getattr(program, "_guards_code", None) or []
     scope = {"math": math, "torch": torch, "max": max, "min": min}
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 10**6
+    # At the very last position slices of a table become the table itself, which is no different arithmetic.
+    text = config.get_text_config()
+    longest = min(getattr(text, name, None) or 10**6 for name in _POSITIONS) - 1
+    if longest <= max(x.shape[1] for x in inputs.values()):
+        raise UnsupportedError(f"{FIXED_LENGTH}, and the model has {longest + 1} positions")
     for step in _GROWTH:
         sizes = {name: _grown(x, step, longest) for name, x in inputs.items()}
         for guard in code:
             if not eval(guard, scope, {"L": sizes}):
                 raise UnsupportedError(f"{FIXED_LENGTH}: {guard[:120]}")
+
+
+def check_noise(program: torch.export.ExportedProgram) -> None:
+    """Raise UnsupportedError if anything but dropout is random: evaluation would then be another function."""
+    for node in program.graph.nodes:
+        tags = getattr(node.target, "tags", ())
+        if torch.Tag.nondeterministic_seeded in tags and not any(
+            w in str(node.target) for w in ("dropout", "attention")
+        ):
+            raise UnsupportedError(f"{NOISY}: {node.target}")
 
 
 def _grown(x: torch.Tensor, step: int, longest: int) -> torch.Tensor:

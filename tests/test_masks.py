@@ -70,6 +70,7 @@ def test_what_cannot_be_described_is_not_guessed() -> None:
 
     causal = masking_utils.causal_mask_function
     assert describe(prefix) is None
+    assert describe(masking_utils.sliding_window_causal_mask_function(0)) is None
     assert describe(masking_utils.and_masks(causal, prefix)) is None
     assert describe(masking_utils.or_masks(causal, prefix)) is None
     one, other = masking_utils.sliding_window_overlay(4), masking_utils.sliding_window_overlay(6)
