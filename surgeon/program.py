@@ -59,11 +59,11 @@ def check_lengths(
     """
     code: list[str] = getattr(program, "_guards_code", None) or []
     scope = {"math": math, "torch": torch, "max": max, "min": min}
-    # At the very last position slices of a table become the table itself, which is no different arithmetic.
+    # At the last positions slices of a table become the table itself, which is no different arithmetic.
     text = config.get_text_config()
-    longest = min(getattr(text, name, None) or 10**6 for name in _POSITIONS) - 1
+    longest = min(getattr(text, name, None) or 10**6 for name in _POSITIONS) - 2
     if longest <= max(x.shape[1] for x in inputs.values()):
-        raise UnsupportedError(f"{FIXED_LENGTH}, and the model has {longest + 1} positions")
+        raise UnsupportedError(f"{FIXED_LENGTH}, and the model has {longest + 2} positions")
     for step in _GROWTH:
         sizes = {name: _grown(x, step, longest) for name, x in inputs.items()}
         for guard in code:

@@ -34,7 +34,9 @@ def quiet() -> Iterator[None]:
 def silence_noise(model: nn.Module, training: bool) -> list[str]:
     """Train mode, so that dropout is in the graph, without the other randomness of training; say what was left out."""
     model.train(training)
-    notes = [] if training else ["captured as in evaluation, without dropout: training draws other random numbers"]
+    if not training:
+        return ["captured as in evaluation, without dropout: training draws other random numbers"]
+    notes = []
     for path, module in model.named_modules():
         for name in _NOISE:
             value = module.__dict__.get(name)
