@@ -198,4 +198,4 @@ def path_of(node: fx.Node) -> str:
 def val(node: fx.Node) -> torch.Tensor:
     """The fake tensor a node stands for."""
     value: Any = node.meta["val"]
-    return value  # type: ignore[no-any-return]
+    return value
