@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,13 +87,14 @@ def returns_one() -> int:
 
 
 def test_help_takes_less_than_400_ms() -> None:
+    """The processor's time: the wall's is the same on an idle machine, and other tests run beside this one."""
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
-        result = surgeon("--help")
-        seconds.append(time.perf_counter() - start)
-        assert result.returncode == 0
-    assert min(seconds) < 0.4
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert surgeon("--help").returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert 0 < min(seconds) < 0.4
 
 
 @pytest.mark.parametrize("args", [[], ["--help"], ["-h"]])
