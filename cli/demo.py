@@ -60,6 +60,7 @@ def command(
         raise UsageError(
             f"nothing to train in {seconds} s and {steps} steps", "surgeon demo", "for example --seconds 60"
         )
+    leave_cores_free()
     prepare(folder, overwrite)
     began = time.perf_counter()
     make_base(folder, seconds)
@@ -71,6 +72,15 @@ def command(
         tell_next(folder, took)
     if any(result.onnx_agreement < 1 for result in results):
         raise CheckFailed("the ONNX model generated other tokens", str(folder), "surgeon verify shows where")
+
+
+def leave_cores_free() -> None:
+    """Half the cores at most: matrices this small gain nothing from more, and threads that wait for a busy core lose."""
+    import os
+
+    import torch
+
+    torch.set_num_threads(max(1, min(4, (os.cpu_count() or 2) // 2)))
 
 
 def prepare(folder: Path, overwrite: bool) -> None:
