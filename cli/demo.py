@@ -75,7 +75,7 @@ def command(
 
 
 def leave_cores_free() -> None:
-    """Half the cores at most: matrices this small gain nothing from more, and threads that wait for a busy core lose."""
+    """Half the cores at most: matrices this small gain nothing from more, and waiting for a busy core costs much."""
     import os
 
     import torch
