@@ -148,6 +148,10 @@ class Adapter(Pass):
     Class attributes:
         peft_type: PEFT's name of the method, "" where PEFT has none.
         peft_bias: PEFT's word for `bias="sites"`.
+        peft_prompt: whether PEFT counts it as prompt learning: no targets, and one tensor for all its sites, made of
+            their `columns` or `rows`.
+        folds: whether it folds into weights (`normal`). What does not (`columns`, `rows`) stays an adapter beside
+            merged weights.
         changes_bias: whether its normal form has a bias at layers that have one.
         reads_weight: whether what it inserts reads the layer's weight (a norm of it), so that nothing may change that
             weight below it: applied over another adapter it is refused.
@@ -155,6 +159,8 @@ class Adapter(Pass):
 
     peft_type: ClassVar[str] = ""
     peft_bias: ClassVar[str] = ""
+    peft_prompt: ClassVar[bool] = False
+    folds: ClassVar[bool] = True
     changes_bias: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
     targets: str = "*.{q,v}_proj"
@@ -199,6 +205,14 @@ class Adapter(Pass):
         """The trained K/V columns at one attention."""
         raise UsageError(f"{self.name} has no columns", site.path)
 
+    def rows(self, params: Mapping[str, torch.Tensor], site: Site) -> torch.Tensor:
+        """The trained rows `[p, hidden]` that stand before the tokens at one embedding."""
+        raise UsageError(f"{self.name} has no rows", site.path)
+
+    def params(self, form: Columns | torch.Tensor, site: Site) -> dict[str, torch.Tensor]:
+        """The other way: the tensors of a site, by the names given to `edit.param`, that make these columns or rows."""
+        raise UsageError(f"{self.name} is not made from columns or rows", site.path)
+
     def finish(self, graph: Graph, owner: str) -> None:
         """The modules and biases that train whole."""
         from surgeon import replaced
@@ -212,6 +226,15 @@ class Adapter(Pass):
     def peft_keys(self, site: Site) -> dict[str, str]:
         """Names given to `edit.param` and `edit.shared` → keys in PEFT's file, without their prefix `base_model.`."""
         return {}
+
+    def peft_unfit(self, sites: Sequence[Site]) -> str:
+        """Why PEFT has no place for what these options do at these sites, or ""; it is saved in our own form then."""
+        return ""
+
+    @property
+    def peft_lossy(self) -> bool:
+        """Whether PEFT's file holds what the adapter computes and not what it trains: its own tensors go beside it."""
+        return False
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Adapter:

@@ -17,7 +17,7 @@ from surgeon.graph import Graph, tag
 from surgeon.normal import Base, Columns, Normal
 from surgeon.passes.base import Adapter
 from surgeon.run import owners
-from surgeon.sites import Site, sites
+from surgeon.sites import ATTENTION, EMBEDDING, Site, sites
 from surgeon.strip import without
 
 
@@ -55,6 +55,10 @@ class Fold:
         """The learned K/V columns, for an attention."""
         return self.step.columns(self.tensors(), self.site)
 
+    def rows(self) -> torch.Tensor:
+        """The learned rows `[p, hidden]`, for an embedding."""
+        return self.step.rows(self.tensors(), self.site)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Its tensors, read."""
         return {name: read() for name, read in self.params.items()}
@@ -62,12 +66,22 @@ class Fold:
 
 def folds(graph: Graph) -> list[Fold]:
     """Every adapter that can fold into a weight, in the order they were applied, layer by layer."""
-    return [item for item in _adapters(graph) if item.site.weight]
+    return [item for item in _adapters(graph) if item.step.folds and item.site.weight]
+
+
+def rest(graph: Graph) -> list[Fold]:
+    """Every adapter that no weight can hold: columns at attentions, rows at embeddings. A merge leaves them."""
+    return [item for item in _adapters(graph) if not (item.step.folds and item.site.weight)]
 
 
 def columns(graph: Graph) -> list[Fold]:
-    """Every adapter that adds K/V columns to an attention: no weight can hold them, they stay an adapter."""
-    return [item for item in _adapters(graph) if not item.site.weight]
+    """Those that add K/V columns to an attention."""
+    return [item for item in rest(graph) if item.site.kind == ATTENTION]
+
+
+def rows(graph: Graph) -> list[Fold]:
+    """Those that add rows before the tokens of an embedding."""
+    return [item for item in rest(graph) if item.site.kind == EMBEDDING]
 
 
 def _adapters(graph: Graph) -> list[Fold]:
