@@ -1,6 +1,7 @@
 """PEFT adapter folders: `adapter_config.json` and `adapter_model.safetensors`, read strictly and written whole.
 
 What differs between methods (fields, keys) is told by the pass: `peft_type`, `peft_config`, `peft_keys`, `from_peft`.
+Prompt learning is laid out in `surgeon.peft_prompts`.
 Layout: PEFT 0.21, `peft.utils.save_and_load`.
 """
 
@@ -14,13 +15,14 @@ from typing import Any
 
 import torch
 
-from surgeon import replaced
+from surgeon import peft_prompts, replaced
 from surgeon.checkpoint import Checkpoint
 from surgeon.errors import CheckFailed, UnsupportedError, UsageError
-from surgeon.fold import Fold, columns, folds
+from surgeon.fold import Fold, folds, rest
 from surgeon.graph import Graph, path_of, tag
 from surgeon.passes.base import Adapter
 from surgeon.peft_targets import target_modules
+from surgeon.peft_values import put_all, take
 from surgeon.safetensors_file import header_bytes, read_shard
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -104,7 +106,7 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def keys(graph: Graph, owner: str, step: Adapter) -> dict[str, str]:
-    """Full name of every tensor an adapter owns or trains → its key in PEFT's file."""
+    """Full name of a tensor an adapter owns or trains → its key in PEFT's file, where it has one of its own."""
     found: dict[str, str] = {}
     sites = adapted(graph, owner)
     for item in sites:
@@ -113,59 +115,104 @@ def keys(graph: Graph, owner: str, step: Adapter) -> dict[str, str]:
             found[own if own in graph.tensors else f"{owner}.{param}"] = ROOT + key
     paths = {item.site.path for item in sites}
     for name in replaced.names(graph, owner, step):
-        found[name] = base_key(name, paths)
+        found[name] = _base_key(name, step, paths)
     return found
 
 
-def base_key(name: str, adapted_paths: set[str]) -> str:
+def _base_key(name: str, step: Adapter, adapted_paths: set[str]) -> str:
     """PEFT's key of a tensor of the base, which lies below `base_layer` where its module is adapted."""
     module, _, leaf = name.rpartition(".")
-    return f"{ROOT}model.{module}.{'base_layer.' if module in adapted_paths else ''}{leaf}"
+    below = "base_layer." if module in adapted_paths and not step.peft_prompt else ""
+    return f"{_base_prefix(step)}{module}.{below}{leaf}"
+
+
+def _base_prefix(step: Adapter) -> str:
+    """PEFT wraps a model that it adapts in place once more than one it gives virtual tokens to."""
+    return ROOT if step.peft_prompt else f"{ROOT}model."
 
 
 def adapted(graph: Graph, owner: str) -> list[Fold]:
     """The sites of one adapter."""
-    return [item for item in (*folds(graph), *columns(graph)) if item.owner == owner]
+    return [item for item in (*folds(graph), *rest(graph)) if item.owner == owner]
+
+
+def unfit(graph: Graph, owner: str, step: Adapter) -> str:
+    """Why an adapter has no form in PEFT, or ""."""
+    if not step.peft_type:
+        return f"PEFT has no method {step.name}"
+    found = adapted(graph, owner)
+    reason = step.peft_unfit([item.site for item in found])
+    return reason or (peft_prompts.unfit(graph, found) if step.peft_prompt else "")
 
 
 def write_adapter(graph: Graph, owner: str, step: Adapter, folder: Path) -> None:
-    """Write one adapter of a graph in PEFT's format."""
+    """Write one adapter of a graph in PEFT's format.
+
+    Raises:
+        UnsupportedError: it has no form in PEFT.
+    """
+    if reason := unfit(graph, owner, step):
+        raise UnsupportedError(f"{step.name} has no form in PEFT: {reason}", str(folder), "keep surgeon's work folder")
     names = keys(graph, owner, step)
+    if step.peft_prompt:
+        names.update({name: _base_key(name, step, set()) for name in _head(graph, step)})
     tensors = {}
-    for name, key in sorted(names.items(), key=lambda pair: pair[1]):
+    for name, key in names.items():
         value = graph.inserted[name]() if name in graph.inserted else graph.values[name]
         tensors[key] = value if not graph.tensors[name].owner else value.float()
+    if step.peft_prompt:
+        tensors[peft_prompts.KEY] = peft_prompts.table(graph, adapted(graph, owner))
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, tensors)
+    write_tensors(folder / WEIGHTS, dict(sorted(tensors.items())))
     text = json.dumps(peft_config(graph, owner, step), indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 def peft_config(graph: Graph, owner: str, step: Adapter) -> dict[str, Any]:
     """The whole `adapter_config.json` of one adapter of a graph."""
-    sites = [item.site for item in adapted(graph, owner)]
+    found = adapted(graph, owner)
+    sites = [item.site for item in found]
     heads = replaced.modules(graph, step.modules_to_save)
-    loads_head = graph.task in HEADS and not any(path.rpartition(".")[2] in HEADS[graph.task] for path in heads)
+    if step.peft_prompt:
+        heads += [path for path in _heads(graph) if path not in heads]
+        own = peft_prompts.config(graph, found)
+    else:
+        own = {
+            "bias": {"none": "none", "sites": step.peft_bias, "all": "all"}[step.bias],
+            "layers_pattern": None,
+            "layers_to_transform": None,
+            "target_modules": target_modules([site.path for site in sites], _modules(graph)),
+        }
     # PEFT insists on a saved head for these tasks; without a task it loads the adapter alone.
-    task_type = None if loads_head else TASK_TYPES[graph.task]
+    lacks_head = graph.task in HEADS and not any(path.rpartition(".")[2] in HEADS[graph.task] for path in heads)
+    task_type = None if lacks_head else TASK_TYPES[graph.task]
     architecture = (graph.config.architectures or [None])[0]
     base, revision = base_name(graph.source)
     parent = f"transformers.models.{graph.config.model_type}.modeling_{graph.config.model_type}"
     return {
         "auto_mapping": None if task_type else {"base_model_class": architecture, "parent_library": parent},
         "base_model_name_or_path": base,
-        "bias": {"none": "none", "sites": step.peft_bias, "all": "all"}[step.bias],
         "inference_mode": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
         "modules_to_save": heads or None,
         "peft_type": step.peft_type,
         "peft_version": FORMAT_VERSION,
         "revision": revision,
-        "target_modules": target_modules([site.path for site in sites], _modules(graph)),
         "task_type": task_type,
+        **own,
         **step.peft_config(sites),
     }
+
+
+def _heads(graph: Graph) -> list[str]:
+    """The task heads that PEFT saves beside virtual tokens, trained or not."""
+    wanted = HEADS.get(graph.task, ())
+    return [path for path in replaced.module_paths(graph) if path in wanted]
+
+
+def _head(graph: Graph, step: Adapter) -> list[str]:
+    """The tensors of those heads that do not train."""
+    inside = tuple(f"{path}." for path in _heads(graph))
+    return [name for name in graph.tensors if inside and name.startswith(inside)]
 
 
 def base_name(source: str) -> tuple[str, str | None]:
@@ -186,51 +233,16 @@ def fill(graph: Graph, owner: str, step: Adapter, tensors: dict[str, torch.Tenso
     Raises:
         UsageError: a key is missing or unexpected, or a tensor has another shape than its place; they are named.
     """
-    wanted = keys(graph, owner, step)
     left = dict(tensors)
-    _drop_tables(graph, left, set(wanted.values()), where)
-    missing = [key for key in wanted.values() if key not in left]
-    _complain(missing, "missing", where)
-    for name, key in wanted.items():
-        put(graph, name, left.pop(key), key, where)
-    _complain(list(left), "unexpected", where)
+    if step.peft_prompt:
+        peft_prompts.fill(graph, adapted(graph, owner), take(left, peft_prompts.KEY, where), where)
+    put_all(graph, keys(graph, owner, step), left, _base_prefix(step), where)
 
 
-def put(graph: Graph, name: str, tensor: torch.Tensor, key: str, where: Path) -> None:
-    """Give a tensor of the graph a value; raises UsageError for another shape."""
-    spec = graph.tensors[name]
-    if tuple(tensor.shape) != spec.shape:
-        raise UsageError(
-            f"{key} is {list(tensor.shape)} in the adapter, and its place in the base is {list(spec.shape)}",
-            str(where), "the adapter is for another base or another rank: name its own base with --base",
-        )  # fmt: skip
-    graph.inserted[name] = replaced.Held(tensor)
-
-
-def _drop_tables(graph: Graph, left: dict[str, torch.Tensor], wanted: set[str], where: Path) -> None:
-    """PEFT may store the base's whole embedding beside an adapter; the base has it.
-
-    Raises:
-        UnsupportedError: it is another table: resized, or trained.
-    """
-    for key in [key for key in left if key not in wanted]:
-        name = key.removeprefix(f"{ROOT}model.").replace(".base_layer.", ".")
-        if graph.resolve(name) not in graph.tensors or name in graph.inserted:
-            continue
-        table, own = left.pop(key), graph.values[graph.resolve(name)]
-        if tuple(table.shape) != tuple(own.shape):
-            what = f"{key} is {list(table.shape)}, and the base's own is {list(own.shape)}: it was resized"
-        elif not torch.equal(table.to(own.dtype), own):
-            what = f"{key} is not the base's own {name}"
-        else:
-            continue
-        raise UnsupportedError(what, str(where), "save the base with this table in it, and name that with --base")
-
-
-def _complain(found: list[str], kind: str, where: Path) -> None:
-    if found:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise UsageError(
-            f"{kind} adapter key{'s' * (len(found) > 1)}: {', '.join(sorted(found)[:3])}{more}", str(where),
-            "the adapter is for another base, or the file was cut: name its own base with --base, or save it again",
-        )  # fmt: skip
+def check(graph: Graph, owner: str, tensors: dict[str, torch.Tensor], where: Path) -> None:
+    """Raise UsageError unless a file with virtual tokens holds what the graph computes them to be."""
+    found = peft_prompts.table(graph, adapted(graph, owner))
+    stored = take(dict(tensors), peft_prompts.KEY, where)
+    if found.shape != stored.shape or not torch.allclose(found, stored, rtol=1e-4, atol=1e-5):
+        what = f"{where.name} and the trainable tensors beside it hold different virtual tokens"
+        raise UsageError(what, str(where), "one of the two was replaced: take both from the same folder")

@@ -26,7 +26,10 @@ _KNOWN = (
     "target_modules", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save", "bias", "r",
     "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "init_lora_weights",
     "eva_config", "loftq_config", "runtime_config", "megatron_core", "vera_dropout", "d_initial", "init_weights",
-    "projection_prng_key", "save_projection",
+    "projection_prng_key", "save_projection", "num_virtual_tokens", "token_dim", "num_transformer_submodules",
+    "num_attention_heads", "num_layers", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
+    "tokenizer_kwargs", "prefix_projection", "encoder_reparameterization_type", "encoder_hidden_size",
+    "encoder_num_layers", "encoder_dropout",
 )  # fmt: skip
 
 
@@ -74,6 +77,8 @@ def describe(graph: Graph, method: type[Adapter], config: Mapping[str, Any]) -> 
     """
     step = method.from_peft(config)
     saved = [name for name in config.get("modules_to_save") or [] if _exists(graph, name)]
+    if method.peft_prompt:
+        return dataclasses.replace(step, modules_to_save=",".join(saved))
     bias = {"none": "none", "all": "all", method.peft_bias: "sites"}.get(str(config.get("bias", "none")))
     if bias is None:
         raise UnsupportedError(f"bias = {config['bias']!r} is not supported", CONFIG, "none, all, " + method.peft_bias)

@@ -14,12 +14,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from surgeon import card, manifest, passes, peft_files, peft_load, run, text
+from surgeon import card, manifest, passes, peft_files, peft_load, replaced, run, text
 from surgeon.atomic import atomic_folder
 from surgeon.errors import SurgeonError, UsageError
 from surgeon.graph import Graph
 from surgeon.manifest import Manifest, Step
 from surgeon.passes.base import Adapter, Pass
+from surgeon.peft_values import put
 from surgeon.source import open_graph, open_source
 
 TEXT, OWN_WEIGHTS = "graph.txt", "surgeon.safetensors"
@@ -124,7 +125,7 @@ def _steps(graph: Graph) -> list[Step]:
     owners = run.owners(graph.applied)
     stored = {spec.owner for spec in graph.tensors.values()}
     formats = {
-        owner: "peft" if isinstance(step, Adapter) and step.peft_type else "surgeon"
+        owner: "peft" if isinstance(step, Adapter) and not peft_files.unfit(graph, owner, step) else "surgeon"
         for owner, step in owners.items()
         if owner in stored
     }
@@ -136,34 +137,47 @@ def _steps(graph: Graph) -> list[Step]:
 
 
 def _write_step(graph: Graph, step: Step, applied: Pass, folder: Path) -> None:
+    place = folder / step.folder
     if step.format == "peft" and isinstance(applied, Adapter):
-        peft_files.write_adapter(graph, step.id, applied, folder / step.folder)
-    elif step.format == "surgeon":
-        (folder / step.folder).mkdir(exist_ok=True)
-        tensors = {name: graph.inserted[name]() for name in _own(graph, step.id)}
-        peft_files.write_tensors(folder / step.folder / OWN_WEIGHTS, tensors)
+        peft_files.write_adapter(graph, step.id, applied, place)
+    if step.format == "surgeon" or (step.format and _lossy(applied)):
+        place.mkdir(exist_ok=True)
+        tensors = {name: graph.inserted[name]() for name in _own(graph, step.id, applied)}
+        peft_files.write_tensors(place / OWN_WEIGHTS, tensors)
 
 
 def _read_step(graph: Graph, step: Step, applied: Pass, folder: Path) -> None:
     place = folder / step.folder
+    stored = {}
     if step.format == "peft" and isinstance(applied, Adapter):
         peft_files.read_config(place)
-        peft_files.fill(
-            graph, step.id, applied, peft_files.read_tensors(place / peft_files.WEIGHTS), place / peft_files.WEIGHTS
-        )
-    elif step.format == "surgeon":
-        file = place / OWN_WEIGHTS
-        tensors = peft_files.read_tensors(file)
-        names = _own(graph, step.id)
-        if names != sorted(tensors):
-            odd = sorted(set(names) ^ set(tensors))
-            raise UsageError(f"missing or unexpected tensor: {', '.join(odd[:3])}", str(file), manifest.AGAIN)
-        for name in names:
-            peft_files.put(graph, name, tensors[name], name, file)
+        stored = peft_files.read_tensors(place / peft_files.WEIGHTS)
+        if not _lossy(applied):
+            peft_files.fill(graph, step.id, applied, stored, place / peft_files.WEIGHTS)
+    if step.format == "surgeon" or (step.format and _lossy(applied)):
+        _read_own(graph, step.id, applied, place / OWN_WEIGHTS)
+    if stored and _lossy(applied):
+        peft_files.check(graph, step.id, stored, place / peft_files.WEIGHTS)
 
 
-def _own(graph: Graph, owner: str) -> list[str]:
-    return sorted(name for name, spec in graph.tensors.items() if spec.owner == owner)
+def _read_own(graph: Graph, owner: str, applied: Pass, file: Path) -> None:
+    tensors = peft_files.read_tensors(file)
+    names = _own(graph, owner, applied)
+    if names != sorted(tensors):
+        odd = sorted(set(names) ^ set(tensors))
+        raise UsageError(f"missing or unexpected tensor: {', '.join(odd[:3])}", str(file), manifest.AGAIN)
+    for name in names:
+        put(graph, name, tensors[name], name, file)
+
+
+def _own(graph: Graph, owner: str, applied: Pass) -> list[str]:
+    """What a pass inserted, and what trains with it."""
+    own = {name for name, spec in graph.tensors.items() if spec.owner == owner}
+    return sorted(own | set(replaced.names(graph, owner, applied) if isinstance(applied, Adapter) else ()))
+
+
+def _lossy(applied: Pass) -> bool:
+    return isinstance(applied, Adapter) and applied.peft_lossy
 
 
 def _pass(step: Step, folder: Path) -> Pass:
