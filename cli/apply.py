@@ -10,6 +10,8 @@ import typer
 from surgeon.cli import output
 from surgeon.cli.methods import Methods, chosen, with_method_options
 
+LABELS = "Classes of a new head: neg,pos, how many (1: a regression), or a data file. Default: the training data's."
+
 
 @with_method_options
 def command(
@@ -17,7 +19,8 @@ def command(
     method: Methods = ["lora"],  # noqa: B006  typer copies it
     out: Annotated[Path, typer.Option("--out", "-o", help="The work folder to write.")] = Path("work"),
     task: Annotated[str, typer.Option(help="What the model is for; read off its config if not given.")] = "",
-    seed: Annotated[int, typer.Option(help="Of the first values of what is inserted.")] = 0,
+    labels: Annotated[str, typer.Option(help=LABELS)] = "",
+    seed: Annotated[int, typer.Option(help="Of the first values of what is inserted, a new head among it.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace the work folder if it exists.")] = False,
     json: output.Json = False,
     **options: Any,
@@ -27,13 +30,15 @@ def command(
     Examples:
         surgeon apply model/ --method lora --rank 16 --targets all-linear
         surgeon apply model/ --method vera --method 'lora(rank=4, targets=lm_head)' -o work/
+        surgeon apply model/ --task sequence-classification --labels neg,pos
     """
     steps = chosen(method, options)
     from surgeon import api, run, store
     from surgeon.cli.plan import view
+    from surgeon.labels import parse_labels
     from surgeon.planning import plan
 
-    graph = api.read(model, task or None)
+    graph = api.read(model, task or None, labels=parse_labels(labels, task) if labels else (), seed=seed)
     found = plan(graph, *steps)
     folder = store.save(run.apply(graph, *steps, seed=seed), out, overwrite=overwrite, seed=seed)
     output.emit({"folder": folder, **output.plain(found)}, json, view(found))

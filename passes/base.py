@@ -70,6 +70,10 @@ class Pass:
     kinds: ClassVar[tuple[str, ...]] = ()
     learning_rate: ClassVar[float] = 2e-4
 
+    def fitted(self, graph: Graph) -> Pass:
+        """Asked first: the pass with the options that follow from the graph it is to be applied to."""
+        return self
+
     def requires(self, graph: Graph) -> None:
         """Raise SurgeonError if the graph is not one this pass can be applied to."""
 
@@ -171,6 +175,18 @@ class Adapter(Pass):
     def __post_init__(self) -> None:
         if self.bias not in ("none", "sites", "all"):
             raise UsageError(f"{self.name}: bias is '{self.bias}'", "--bias", "one of none, sites, all")
+
+    def fitted(self, graph: Graph) -> Adapter:
+        """A head that the checkpoint has no values for trains with whatever adapter comes first."""
+        return self.saving(graph, graph.fresh)
+
+    def saving(self, graph: Graph, modules: Sequence[str]) -> Adapter:
+        """The adapter with these modules among `modules_to_save`, but for those that train already."""
+        from surgeon.replaced import inside
+
+        trains = tuple(graph.trainable())
+        new = [m for m in modules if not inside(self.modules_to_save, m) and not any(t.startswith(m) for t in trains)]
+        return dataclasses.replace(self, modules_to_save=",".join(filter(None, [self.modules_to_save, *new])))
 
     def unfit(self, site: Site) -> str:
         """Why this site cannot be adapted, or ""."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def apply(
     task: str | None = None,
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    labels: Sequence[str] = (),
     **options: Any,
 ) -> SurgeonModel:
     """A base with a method applied, ready to train. Applying to a model stacks.
@@ -53,12 +55,13 @@ def apply(
         task: see `surgeon.tasks`.
         seed: of the first values of what is inserted.
         dtype: the dtype of the model; None keeps the checkpoint's.
+        labels: names of the classes of a classifier, for a new head; one name makes a regression.
         options: of the method.
     """
     if isinstance(base, SurgeonModel):
         graph, tokenizer = base.trained(), base.tokenizer
     else:
-        graph, tokenizer = read(base, task), tokenizer_of(base)
+        graph, tokenizer = read(base, task, labels=labels, seed=seed), tokenizer_of(base)
     model = load_model(run.apply(graph, _step(method, options), seed=seed), dtype=dtype)
     model.tokenizer = tokenizer
     return model
@@ -87,13 +90,23 @@ def load(
     return model
 
 
-def read(folder: str | Path, task: str | None = None, base: str | Path | None = None) -> Graph:
-    """The graph of a work folder, a PEFT adapter folder or a plain checkpoint, with values."""
+def read(
+    folder: str | Path,
+    task: str | None = None,
+    base: str | Path | None = None,
+    *,
+    labels: Sequence[str] = (),
+    seed: int = 0,
+) -> Graph:
+    """The graph of a work folder, a PEFT adapter folder or a plain checkpoint, with values.
+
+    `labels` and `seed` are for plain checkpoints: the classes and the first values of a new head.
+    """
     if store.is_work_folder(folder):
         return store.load(folder, base)
     if store.is_adapter_folder(folder):
         return store.load_adapter(folder, base)
-    return open_graph(open_source(folder, task))
+    return open_graph(open_source(folder, task, labels=labels), seed=seed)
 
 
 def merge(
@@ -162,7 +175,7 @@ def stored_dtype_of(graph: Graph) -> torch.dtype:
 
 def base_of(graph: Graph) -> Source:
     """The base a graph was read from."""
-    return open_source(graph.source, graph.task)
+    return open_source(graph.source, graph.task, labels=graph.labels)
 
 
 def tokenizer_of(folder: str | Path) -> Any:

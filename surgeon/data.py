@@ -61,6 +61,29 @@ def load_rows(path: str | Path) -> list[Row]:
     return rows
 
 
+def text_in(row: Row, key: str) -> str:
+    """A text of a row. Raises UsageError if it is not one."""
+    value = row.values.get(key)
+    if not isinstance(value, str):
+        what = f"`{key}` is not a string, but a {type(value).__name__}" if value is not None else f"there is no `{key}`"
+        raise UsageError(what, row.where, f"make `{key}` a string")
+    return value
+
+
+def cells(row: Row, key: str) -> list[Any]:
+    """A list of a row; in a CSV file, where a cell is text, it is written as JSON. Raises UsageError if it is none."""
+    value = row.values.get(key)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise UsageError(f"`{key}` is not a JSON list: {error}", row.where, 'write ["a", "b"]') from error
+    if not isinstance(value, list):
+        what = f"`{key}` is not a list, but a {type(value).__name__}" if value is not None else f"there is no `{key}`"
+        raise UsageError(what, row.where, f"make `{key}` a list")
+    return value
+
+
 def form_of(row: Row) -> str:
     """The form of a row: `chat`, `alpaca`, `completion` or `text`. Raises UsageError if its keys fit none."""
     for form, keys in FORMS.items():

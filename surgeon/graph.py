@@ -59,12 +59,14 @@ class Tag:
         site: name of the node of the site it was inserted at.
         output: whether it stands for what that node returns.
         input: whether it stands for what that node reads.
+        outer: whether it stays around what passes write at the site later (rows before the tokens of an embedding).
     """
 
     owner: str
     site: str
     output: bool = False
     input: bool = False
+    outer: bool = False
 
 
 @dataclass
@@ -73,8 +75,7 @@ class Graph:
 
     Attributes:
         config: the Hugging Face config.
-        task: "causal-lm", "seq2seq-lm", "sequence-classification", "token-classification", "question-answering"
-            or "features".
+        task: one of `surgeon.tasks`, "causal-lm" for example.
         trunk: the top-level graph; a `call_module` node whose target is a layer's path calls that layer.
         layers: layer path → its graph, shared between equal layers.
         tensors: full name → what it is. Names are those of the Hugging Face model.
@@ -84,6 +85,8 @@ class Graph:
         applied: the passes applied so far, in order.
         notes: what capture found worth telling: attentions that are no node, noise that was switched off.
         source: folder the model was read from.
+        labels: names of the classes, where they were chosen and are not the config's own.
+        fresh: modules whose values are new, because the checkpoint has none: the head of another task.
     """
 
     config: PretrainedConfig
@@ -98,6 +101,8 @@ class Graph:
     notes: tuple[str, ...] = ()
     source: str = ""
     inserted: dict[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -49,6 +49,7 @@ class Manifest:
         seed: of the first values.
         versions: of surgeon, torch and transformers, when it was saved.
         probes: `{"prompt": ids, "tokens": greedy continuation}` each.
+        labels: names of the classes, where they were chosen for the head of a classifier.
     """
 
     schema: int
@@ -59,6 +60,7 @@ class Manifest:
     seed: int = 0
     versions: dict[str, str] = field(default_factory=dict)
     probes: tuple[Mapping[str, Any], ...] = ()
+    labels: tuple[str, ...] = ()
 
     def write(self, folder: Path) -> None:
         """Write it into a work folder."""
@@ -93,6 +95,7 @@ def read_manifest(folder: Path) -> Manifest:
         steps = tuple(Step(**step) for step in found.pop("passes"))
         base = {name: str(found["base"][name]) for name in _BASE}
         del found["base"]
+        found["labels"] = tuple(str(name) for name in found.get("labels", ()))
         return Manifest(passes=steps, base=base, **{k: v for k, v in found.items() if k in known})
     except (TypeError, KeyError) as error:
         raise UsageError(f"{FILE} is damaged: {error}", str(path), AGAIN) from error

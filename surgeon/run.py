@@ -56,6 +56,7 @@ def apply(graph: Graph, *steps: Pass, seed: int = 0) -> Graph:
 def _apply_one(graph: Graph, step: Pass, seed: int) -> Graph:
     if not step.stacks and any(done.name == step.name for done in graph.applied):
         raise UsageError(f"{step.name} is already applied", graph.source, "start from a graph without it")
+    step = step.fitted(graph)
     step.requires(graph)
     chosen, _ = chosen_sites(graph, step)
     result, owner = graph.copy(), owner_of(graph, step)

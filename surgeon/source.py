@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from surgeon.capture import capture_config
 from surgeon.checkpoint import Checkpoint
 from surgeon.errors import UsageError
 from surgeon.graph import Graph
+from surgeon.heads import fresh_modules
+from surgeon.labels import LABELLED
 from surgeon.tasks import Task, find_task
 from surgeon.weights import ModelWeights
 
@@ -27,12 +30,14 @@ class Source:
         checkpoint: its files, checked.
         config: its Hugging Face config.
         task: what it is captured for.
+        labels: names of the classes, where they were chosen; they are in the config too.
     """
 
     folder: Path
     checkpoint: Checkpoint
     config: transformers.PretrainedConfig
     task: Task
+    labels: tuple[str, ...] = ()
 
 
 def resolve(name: str | Path) -> Path:
@@ -62,9 +67,14 @@ def resolve(name: str | Path) -> Path:
 
 
 def open_source(
-    name: str | Path, task: str | None = None, *, weights: bool = True, trust_remote_code: bool = False
+    name: str | Path,
+    task: str | None = None,
+    *,
+    weights: bool = True,
+    trust_remote_code: bool = False,
+    labels: Sequence[str] = (),
 ) -> Source:
-    """Open a base model; with `weights=False` its config is enough.
+    """Open a base model; with `weights=False` its config is enough. `labels` names the classes of a classifier.
 
     Raises:
         UsageError: the folder lacks files, or they are damaged (see `surgeon.checkpoint`).
@@ -80,33 +90,52 @@ def open_source(
             str(folder / "config.json"),
             "check model_type; surgeon doctor shows the installed transformers",
         ) from error
-    return Source(folder, checkpoint, config, find_task(task, config.architectures, str(folder)))
+    found = find_task(task, config.architectures, str(folder))
+    _set_labels(config, found, tuple(labels))
+    return Source(folder, checkpoint, config, found, tuple(labels))
 
 
-def open_graph(source: Source, *, values: bool = True) -> Graph:
+def _set_labels(config: transformers.PretrainedConfig, task: Task, labels: tuple[str, ...]) -> None:
+    """The classes in the config, from which transformers makes the head; a span has a start and an end."""
+    if labels:
+        if task.name not in LABELLED:
+            hint = f"leave them out, or name a task with classes: {', '.join(LABELLED)}"
+            raise UsageError(f"a model for {task.name} has no classes to name", "--labels", hint)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: number for number, name in enumerate(labels)}
+        if task.name == "sequence-classification" and len(labels) == 1:
+            config.problem_type = "regression"
+    elif task.name == "question-answering":
+        config.num_labels = 2
+
+
+def open_graph(source: Source, *, values: bool = True, seed: int = 0) -> Graph:
     """Capture a base model; with `values` its weights are mapped, to be read when needed.
 
-    A pair that the config calls tied and the checkpoint stores as two different tensors is captured untied.
+    A pair that the config calls tied and the checkpoint stores as two different tensors is captured untied. What the
+    checkpoint lacks (a new head) is drawn from `seed`.
     """
     config = source.config
-    if not values:
-        return dataclasses.replace(capture_config(config, source.task), source=str(source.folder))
-    weights, buffers = read_weights(source)
-    if weights.untied:
-        config.tie_word_embeddings = False
-        weights, buffers = read_weights(source)
+    loaded: Mapping[str, torch.Tensor] = {}
+    if values:
+        weights, buffers = read_weights(source, seed)
+        if weights.untied:
+            config.tie_word_embeddings = False
+            weights, buffers = read_weights(source, seed)
+        loaded = Values(weights, buffers)
     graph = capture_config(config, source.task)
-    return dataclasses.replace(graph, values=Values(weights, buffers), source=str(source.folder))
+    graph = dataclasses.replace(graph, values=loaded, source=str(source.folder), labels=source.labels)
+    return dataclasses.replace(graph, fresh=fresh_modules(graph, source))
 
 
-def read_weights(source: Source) -> tuple[ModelWeights, dict[str, torch.Tensor]]:
+def read_weights(source: Source, seed: int = 0) -> tuple[ModelWeights, dict[str, torch.Tensor]]:
     """The checkpoint as the model's parameters, and the buffers no checkpoint stores."""
     auto = getattr(transformers, source.task.auto_class)
     dtype = stored_dtype(source)
     with torch.device("meta"):
         model = auto.from_config(source.config, dtype=dtype)
     model.tie_weights()
-    weights = ModelWeights(source.checkpoint, model)
+    weights = ModelWeights(source.checkpoint, model, seed, resized=bool(source.labels))
     materialise_buffers(model)
     buffers = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
     return weights, buffers

@@ -71,8 +71,9 @@ def save(
     base = manifest.describe_base(graph.source, folder, graph.config.model_type)
     written = text.render(graph)
     record = Manifest(
-        manifest.SCHEMA, base, graph.task, tuple(steps), text.digest(graph), seed, manifest.versions(), tuple(probes)
-    )
+        manifest.SCHEMA, base, graph.task, tuple(steps), text.digest(graph), seed, manifest.versions(), tuple(probes),
+        graph.labels,
+    )  # fmt: skip
     with atomic_folder(folder, overwrite=overwrite) as new:
         if old is not None:
             _carry(folder, new, {*_OURS, *(step.folder for step in (*old.passes, *steps))})
@@ -99,7 +100,7 @@ def load(folder: str | Path, base: str | Path | None = None) -> Graph:
     folder = Path(folder)
     record = manifest.read_manifest(folder)
     place = manifest.find_base(record, folder, base)
-    graph = open_graph(open_source(place, record.task))
+    graph = open_graph(open_source(place, record.task, labels=record.labels), seed=record.seed)
     steps = [_pass(step, folder) for step in record.passes]
     graph = run.apply(graph, *steps, seed=record.seed)
     _check_same(graph, record, folder)

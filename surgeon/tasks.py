@@ -44,6 +44,7 @@ TASKS = {
         ),
         Task("token-classification", "AutoModelForTokenClassification", ("ForTokenClassification",), _LOGITS, _LOGITS),
         Task("question-answering", "AutoModelForQuestionAnswering", ("ForQuestionAnswering",), _SPANS, _SPANS),
+        Task("multiple-choice", "AutoModelForMultipleChoice", ("ForMultipleChoice",), _LOGITS, _LOGITS),
         Task("features", "AutoModel", ("Model",), _STATES, ("last_hidden_state",)),
     )
 }

@@ -51,15 +51,16 @@ class ModelWeights(Mapping[str, torch.Tensor]):
     tied: alias → the parameter that holds its value.
     untied: aliases by config.json whose checkpoint holds two different tensors: they stay apart.
 
-    Raises UsageError if a tensor has another shape than its parameter, UnsupportedError for a quantised checkpoint.
+    Raises UsageError if a tensor has another shape than its parameter, unless it is one of a head that is `resized`
+    and begins anew; UnsupportedError for a quantised checkpoint.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, seed: int = 0) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, seed: int = 0, *, resized: bool = False) -> None:
         method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
         if method is not None:
             what, hint = f"the checkpoint is quantised ({method})", "use the checkpoint it was quantised from"
             raise UnsupportedError(what, str(checkpoint.folder), hint)
-        self.checkpoint, self.model, self._seed = checkpoint, model, seed
+        self.checkpoint, self.model, self._seed, self._resized = checkpoint, model, seed, resized
         self._meta: dict[str, torch.Tensor] = model.state_dict()
         self._dtype_of = _dtype_rule(model)
         self._group_of: dict[str, _Group] = {}
@@ -169,6 +170,8 @@ class ModelWeights(Mapping[str, torch.Tensor]):
             if name not in self._meta:
                 continue
             if shape != tuple(self._meta[name].shape):
+                if self._resized and not name.startswith(f"{self.model.base_model_prefix}."):
+                    continue
                 what = f"{name} is {list(shape)} in the checkpoint and {list(self._meta[name].shape)} in the model"
                 hint = "config.json does not belong to these weights: use the config they were saved with"
                 raise UsageError(what, str(self.checkpoint.folder), hint)

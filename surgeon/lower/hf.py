@@ -28,6 +28,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WEIGHTS = (*PICKLES, ".safetensors", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot", ".tflite")
 _NOT_COPIED = ("README.md", "config.json", "adapter_config.json")
 _FOLDERS = ("additional_chat_templates",)
+_REPLACED = ("id2label", "label2id")
 Progress = Callable[[str, int, int], None]
 
 
@@ -75,7 +76,8 @@ def write_merged(
 
     deltas: stored name → `delta(weight, rows) -> merged` in fp32 (see `surgeon.lower.stream.RowDelta`).
     extra_tensors: new tensors, or other values for stored ones, in a file of their own at the end.
-    drop: stored names to leave out. config_update: fields of config.json, merged into nested tables.
+    drop: stored names to leave out. config_update: fields of config.json, merged into nested tables
+    (tables of class names are replaced).
     dtype: store floating tensors in this dtype instead of their own.
     progress: called with (name, bytes done, bytes in all). check: runs on the finished temporary folder; what it
     raises is raised, and nothing is left.
@@ -226,7 +228,7 @@ def _copy_auxiliary(checkpoint: Checkpoint, folder: Path, changes: Mapping[str, 
 def _updated(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(config)
     for key, value in changes.items():
-        nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping) and key not in _REPLACED
         result[key] = _updated(result[key], value) if nested else value
     return result
 

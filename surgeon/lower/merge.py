@@ -17,6 +17,7 @@ import torch
 from surgeon.errors import UnsupportedError
 from surgeon.fold import Fold, by_bias, by_weight, fold, folds, normals, oriented, stacked, untied, value_of
 from surgeon.graph import Graph
+from surgeon.heads import head_config
 from surgeon.lower.hf import Derived, MergeReport, write_merged
 from surgeon.lower.stream import Delta, WholeDelta
 from surgeon.normal import Normal
@@ -71,7 +72,7 @@ def merge(
     fresh = added(graph)
     extra.update(fresh)
     apart = bool(broken) or any(name in _weights(graph).tied for name in fresh)
-    update = {"tie_word_embeddings": False} if apart else None
+    update = head_config(graph) | ({"tie_word_embeddings": False} if apart else {})
     measured: list[Comparison] = []
 
     def check(folder: Path) -> None:
