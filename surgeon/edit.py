@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from surgeon import wiring
 from surgeon.errors import UnsupportedError
 from surgeon.graph import Graph, Tag, TensorSpec, path_of, tag
-from surgeon.sites import Site, _weights, input_position, source_of
+from surgeon.sites import Site, _weights, argument_of, input_position, source_of
 
 aten = torch.ops.aten
 Init = str | Callable[[], torch.Tensor]
@@ -30,7 +30,7 @@ class Initial:
     """A tensor's first value: the same on every machine for the same seed and name.
 
     Kinds: "zeros", "ones", "kaiming" U(−1/√in, 1/√in) with `in` the last axis, "normal" N(0, 1), "gaussian" N(0, 1/r²)
-    with r the first axis, "constant:<x>".
+    with r the first axis, "uniform:<x>" U(−x, x), "constant:<x>".
     """
 
     kind: str
@@ -48,8 +48,9 @@ class Initial:
             return torch.full(self.shape, float(self.kind.removeprefix("constant:")))
         digest = hashlib.sha256(f"{self.seed}/{self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        if self.kind == "kaiming":
-            bound = 1 / math.sqrt(self.shape[-1])
+        if self.kind == "kaiming" or self.kind.startswith("uniform:"):
+            given = self.kind.partition(":")[2]
+            bound = float(given) if given else 1 / math.sqrt(self.shape[-1])
             return torch.empty(self.shape).uniform_(-bound, bound, generator=generator)
         std = 1 / self.shape[0] if self.kind == "gaussian" else 1.0
         return torch.empty(self.shape).normal_(0, std, generator=generator)
@@ -76,11 +77,24 @@ class Edit:
             made.write_after(inputs[-1])
         return made
 
+    @classmethod
+    def of_input(cls, graph: Graph, owner: str, node: fx.Node) -> Edit:
+        """An edit of the trunk at an input or a size read off one: what other passes make of it reads this one's.
+
+        That is where the outermost function of the model's inputs stands.
+        """
+        made = cls.of_trunk(graph, owner, node)
+        made.y = node
+        made.write_after(
+            [n for n in graph.trunk.nodes if n.op == "placeholder"][-1] if node.op == "placeholder" else node
+        )
+        return made
+
     def _current_output(self) -> fx.Node:
         current = self.node
         for node in self.part.nodes:
             found = node.meta.get("surgeon")
-            if isinstance(found, Tag) and found.output and found.site == self.node.name:
+            if isinstance(found, Tag) and found.output and not found.outer and found.site == self.node.name:
                 current = node
         return current
 
@@ -91,10 +105,11 @@ class Edit:
 
     def argument(self, position: int) -> fx.Node:
         """An argument of the site's node as the model gives it, below what passes feed the site in its place."""
-        found: Any = self.node.args[position]
-        while (mark := tag(found)) and mark.input and mark.site == self.node.name:
-            found = source_of(found)
-        return found
+        return argument_of(self.node, position)
+
+    def has(self, position: int) -> bool:
+        """Whether the model gives the site's node this argument."""
+        return position < len(self.node.args) and isinstance(self.node.args[position], fx.Node)
 
     @property
     def below(self) -> str:
@@ -132,10 +147,26 @@ class Edit:
         if full not in self.graph.tensors:
             self._register(full, shape, init, trainable)
         if self.site.layer == "":
-            return self._get(self.part, full, shape, self.y)
+            inputs = [node for node in self.part.nodes if node.op == "placeholder"]
+            made = self._get(self.part, full, shape, inputs[-1].next if self.y in inputs else self.y)
+            self._cursor = max(self._cursor, made)
+            return made
         trunk = self.graph.trunk
         held = {path: self._get(trunk, full, shape, wiring.calls_of(trunk, path)[0]) for path in self.paths}
         return self.hand(full.replace(".", "_"), held)
+
+    def once(self, label: str, make: Callable[[Edit], fx.Node]) -> fx.Node:
+        """What `make` writes in the trunk, before the layers, computed once for all sites and handed into the layer."""
+        full, trunk = f"{self.owner}.{label}", self.graph.trunk
+        made = next((node for node in trunk.nodes if node.meta.get("once") == full), None)
+        if made is None:
+            edit = Edit.of_trunk(self.graph, self.owner)
+            edit.y, edit.seed = edit.node, self.seed
+            made = make(edit)
+            made.meta["once"] = full
+        if self.part is trunk:
+            return made
+        return self.hand(full.replace(".", "_"), dict.fromkeys(self.paths, made))
 
     def write_after(self, node: fx.Node) -> None:
         """The nodes that follow are written after `node` instead of after the site's output."""
@@ -211,13 +242,14 @@ class Edit:
         """The first `count` entries along an axis; x itself if it has no more."""
         return x if x.meta["val"].shape[axis] == count else self.call(aten.slice.Tensor, x, axis, 0, count)
 
-    def replace(self, node: fx.Node, keep: Collection[fx.Node] = ()) -> None:
-        """Everything that read the site's output now reads `node`, but for the readers in `keep`."""
+    def replace(self, node: fx.Node, keep: Collection[fx.Node] = (), *, outer: bool = False) -> None:
+        """Everything that read the site's output now reads `node`, but for the readers in `keep`.
+
+        With `outer`, passes that come later to this site write below it.
+        """
         before = self.y
-        node.meta["surgeon"] = Tag(self.owner, self.node.name, output=True)
-        mine = {n for n in self.part.nodes if isinstance(n.meta.get("surgeon"), Tag)}
-        outside = [user for user in before.users if user not in mine or user.meta["surgeon"].site != self.node.name]
-        for user in [user for user in outside if user not in keep]:
+        node.meta["surgeon"] = Tag(self.owner, self.node.name, output=True, outer=outer)
+        for user in [user for user in before.users if user not in keep and not self._is_here(user, self.owner)]:
             user.replace_input_with(before, node)
         self.y = node
 
