@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -30,6 +31,9 @@ class Site:
         inp: size of its input; rows of the table for an embedding.
         out: size of its output.
         experts: number of experts, 0 for other kinds.
+        heads: K/V heads of an attention, whose `inp` is the size of a key and `out` that of a value.
+        queries: query heads of an attention.
+        role: of an attention: "decoder" or "encoder" over its own tokens, "cross" over an encoder's states.
         transposed: whether the weight is stored input first.
     """
 
@@ -43,6 +47,9 @@ class Site:
     out: int = 0
     experts: int = 0
     transposed: bool = False
+    heads: int = 0
+    queries: int = 0
+    role: str = ""
 
     def tensor(self, owner: str, name: str) -> str:
         """Full name of what a pass inserts here: `<path>.<owner>.<name>`.
@@ -75,7 +82,7 @@ def _walk(graph: Graph) -> Iterator[Site]:
 def _site(graph: Graph, node: fx.Node, prefix: str) -> Site | None:
     layer = prefix.removesuffix(".")
     if node.target is torch.ops.surgeon.attention.default:
-        return Site(prefix + path_of(node), ATTENTION, layer, node.name)
+        return _attention(graph, node, prefix)
     kind, weight, bias = _weights(node)
     if kind is None or weight is None:
         return None
@@ -88,6 +95,25 @@ def _site(graph: Graph, node: fx.Node, prefix: str) -> Site | None:
         _path(node, name, prefix), kind, layer, node.name, graph.resolve(name), other, inp, out,
         experts[0] if experts else 0, transposed,
     )  # fmt: skip
+
+
+def _attention(graph: Graph, node: fx.Node, prefix: str) -> Site:
+    q, k, v = (node.args[position].meta["val"].shape for position in range(3))
+    return Site(
+        prefix + path_of(node), ATTENTION, prefix.removesuffix("."), node.name, inp=int(k[3]), out=int(v[3]),
+        heads=int(k[1]), queries=int(q[1]), role=_role(graph, node),
+    )  # fmt: skip
+
+
+def _role(graph: Graph, node: fx.Node) -> str:
+    if node.kwargs.get("role") == "cross":
+        return "cross"
+    decoder = next((n for n in graph.trunk.nodes if n.op == "placeholder" and n.target == "decoder_input_ids"), None)
+    if decoder is None:
+        return "decoder" if node.kwargs.get("causal") or graph.task == "causal-lm" else "encoder"
+    sizes = (decoder.meta["val"].shape[1], node.meta["val"].shape[2])
+    same = len({str(size.node.expr) if isinstance(size, torch.SymInt) else str(size) for size in sizes}) == 1
+    return "decoder" if same else "encoder"
 
 
 def _weights(node: fx.Node) -> tuple[str | None, fx.Node | None, fx.Node | None]:
@@ -115,6 +141,14 @@ def _is_tensor_of_model(node: object, axes: int) -> bool:
 def input_position(node: fx.Node) -> int:
     """Which argument of a site's node is its input."""
     return 1 if node.target in (aten.addmm.default, aten.embedding.default) else 0
+
+
+def argument_of(node: fx.Node, position: int) -> fx.Node:
+    """An argument of a site's node as the model gives it, below what passes feed the site in its place."""
+    found: Any = node.args[position]
+    while (mark := tag(found)) and mark.input and mark.site == node.name:
+        found = source_of(found)
+    return found  # type: ignore[no-any-return]
 
 
 def source_of(fed: fx.Node) -> fx.Node:
