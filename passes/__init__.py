@@ -11,6 +11,7 @@ from surgeon.passes.base import Pass
 
 PASSES = {
     "lora": "surgeon.passes.lora:Lora",
+    "dylora": "surgeon.passes.dylora:DyLora",
     "vera": "surgeon.passes.vera:Vera",
     "prompt": "surgeon.passes.prompt:Prompt",
     "prefix": "surgeon.passes.prefix:Prefix",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from surgeon.edit import Edit
     from surgeon.graph import Graph
+    from surgeon.hook import Hook
     from surgeon.normal import Base, Columns, Normal
     from surgeon.sites import Site
 
@@ -234,6 +235,18 @@ class Adapter(Pass):
         from surgeon import replaced
 
         replaced.train(graph, replaced.names(graph, owner, self))
+
+    def hooks(self, graph: Graph, owner: str, seed: int) -> Sequence[Hook]:
+        """What it does around training steps; `owner` is its id in the graph."""
+        return ()
+
+    def active_at(self, rank: int) -> Mapping[str, torch.Tensor]:
+        """Shared tensors, by the names given to `edit.shared`, that make the adapter one of a lower rank.
+
+        Raises:
+            UsageError: the method does not train lower ranks.
+        """
+        raise UsageError(f"{self.name} was trained at one rank", "--rank", "dylora trains every rank up to its own")
 
     def peft_config(self, sites: Sequence[Site]) -> dict[str, Any]:
         """The method's own fields of PEFT's `adapter_config.json`, for the sites it was applied to."""

@@ -13,6 +13,7 @@ from surgeon.passes.base import CONV1D, EMBEDDING, LINEAR, Adapter, Cost
 
 if TYPE_CHECKING:
     import torch
+    from torch import fx
 
     from surgeon.edit import Edit
     from surgeon.normal import Base, Normal
@@ -90,22 +91,20 @@ class Lora(Adapter):
 
     def rewrite(self, edit: Edit, site: Site) -> None:
         """x → dropout → a → b → · s → + y."""
-        if site.kind == EMBEDDING:
-            self._rewrite_embedding(edit, site)
-            return
-        a = edit.param("a", (self.rank, site.inp), "kaiming")
-        b = edit.param("b", (site.out, self.rank), "zeros")
-        low = edit.linear(edit.dropout(edit.x, self.dropout), a)
+        low, b = self._low(edit, site)
         edit.replace(edit.add(edit.y, edit.mul(edit.linear(low, b), self.scale)))
 
-    def _rewrite_embedding(self, edit: Edit, site: Site) -> None:
+    def _low(self, edit: Edit, site: Site) -> tuple[fx.Node, fx.Node]:
+        """A dropout(x) `[.., rank]`, a look-up at an embedding, and b."""
         import torch
 
         aten = torch.ops.aten
-        a = edit.param("a", (self.rank, site.inp), "zeros")
-        b = edit.param("b", (site.out, self.rank), "normal")
-        low = edit.call(aten.embedding.default, edit.call(aten.transpose.int, a, 0, 1), edit.x)
-        edit.replace(edit.add(edit.y, edit.mul(edit.linear(low, b), self.scale)))
+        looked_up = site.kind == EMBEDDING
+        a = edit.param("a", (self.rank, site.inp), "zeros" if looked_up else "kaiming")
+        b = edit.param("b", (site.out, self.rank), "normal" if looked_up else "zeros")
+        if looked_up:
+            return edit.call(aten.embedding.default, edit.call(aten.transpose.int, a, 0, 1), edit.x), b
+        return edit.linear(edit.dropout(edit.x, self.dropout), a), b
 
     def normal(self, params: Mapping[str, torch.Tensor], site: Site, base: Base) -> Normal:
         """a and b as they are."""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from surgeon.graph import copied, sweep
+from surgeon.graph import copied, sweep, tag
 from surgeon.lean import bypassed, gated_gelu, gated_silu, rms_normalised
 
 aten = torch.ops.aten
@@ -111,7 +111,18 @@ def _item(values: tuple[torch.Tensor, ...], index: int) -> torch.Tensor:
 
 
 def _again(graph: fx.Graph, node: fx.Node | None) -> fx.Node | None:
-    return None if node is None else graph.create_node("get_attr", node.target)
+    if node is None or node.op == "placeholder":
+        return node
+    if node.op == "get_attr":
+        return graph.create_node("get_attr", node.target)
+    return graph.node_copy(node, lambda source: _again(graph, source) or source)
+
+
+def _is_held(node: fx.Node) -> bool:
+    """Whether a node is a tensor of the model, or computed from such tensors alone (B diag(λ))."""
+    if node.op in ("get_attr", "placeholder"):
+        return node.op == "get_attr" or tag(node) is not None
+    return node.op == "call_function" and not _draws(node) and all(map(_is_held, node.all_input_nodes))
 
 
 def _bypass(total: fx.Node) -> _Bypass | None:
@@ -128,8 +139,8 @@ def _bypass(total: fx.Node) -> _Bypass | None:
         return None
     a, b, (weight, *rest) = low.args[1:], high.args[1:], base.args[1:]
     bias = rest[0] if rest else None
-    held = [weight, *a, *b, *([] if bias is None else [bias])]
-    if len(a) > 1 or len(b) > 1 or any(n.op != "get_attr" for n in held):
+    frozen = [weight] if bias is None else [weight, bias]
+    if len(a) > 1 or len(b) > 1 or any(n.op != "get_attr" for n in frozen) or not all(map(_is_held, (*a, *b))):
         return None
     return _Bypass(total, base, weight, bias, a[0], b[0], float(scale))
 

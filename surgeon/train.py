@@ -14,11 +14,12 @@ from torch import nn
 
 from surgeon.data import Collator
 from surgeon.errors import UnsupportedError, UsageError
+from surgeon.hook import Hook, hooks_of
 from surgeon.loss_log import LossLog, ProgressBar, plot_log, read_log
 from surgeon.passes.base import Pass
 from surgeon.recipe import SCHEDULERS, Recipe, make_recipe
 from surgeon.render import Rendered, load_data
-from surgeon.trainer import Hook, SurgeonTrainer, check_same_run, checkpoints
+from surgeon.trainer import SurgeonTrainer, check_same_run, checkpoints
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def train(
     samples = _samples(data, tokenizer, limit)
     held_out = None if eval_data is None else _samples(eval_data, tokenizer, limit)
     out = Path(out)
+    hooks = [*_hooks(model, recipe.seed), *hooks]
     run = {**_run(recipe, samples, held_out), "hooks": [type(hook).__name__ for hook in hooks]}
     checkpoint = _checkpoint(out, resume)
     if checkpoint is not None:
@@ -104,6 +106,8 @@ def train(
         bar.close()
         if use_cache is not None:
             config.use_cache = use_cache  # Trainer turns it off
+        for hook in hooks:
+            hook.finish(model)
         model.zero_grad(set_to_none=True)
     plot = out / "loss.png"
     plot_log(log.path, plot, f"{run['total_steps']} steps, {trainable:,} trained parameters")
@@ -114,6 +118,12 @@ def learning_rate(model: nn.Module) -> float:
     """The highest learning rate the methods applied to the model ask for; LoRA's for a model without a graph."""
     graph = getattr(model, "graph", None)
     return max((step.learning_rate for step in getattr(graph, "applied", ())), default=Pass.learning_rate)
+
+
+def _hooks(model: nn.Module, seed: int) -> list[Hook]:
+    """What the applied methods do around a step."""
+    graph = getattr(model, "graph", None)
+    return [] if graph is None else hooks_of(graph, seed)
 
 
 def _samples(data: Rendered | str | Path, tokenizer: Any, max_length: int | None) -> Rendered:

@@ -19,33 +19,13 @@ from surgeon import run_state
 from surgeon.atomic import atomic_folder
 from surgeon.errors import CheckFailed, UsageError
 from surgeon.evaluate import evaluate
+from surgeon.hook import Hook
 from surgeon.loss import IGNORE
 from surgeon.loss_log import LossLog, ProgressBar
 
 STATE, RUN = "trainer_state.json", "run.json"
 KEPT = 2
 """Checkpoints that stay: the newest, and the one before it."""
-
-
-class Hook:
-    """What a method does around a step; override what it needs. `step` counts the steps done before this one."""
-
-    def before_step(self, model: nn.Module, step: int, total: int) -> None:
-        """Before the first batch of a step."""
-
-    def extra_loss(self, model: nn.Module) -> Tensor | float:
-        """A scalar that is added to the loss, once per step."""
-        return 0.0
-
-    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
-        """After the optimiser's step; the gradients are still there."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values to save with the run."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
 
 
 class SurgeonTrainer(transformers.Trainer):
@@ -185,6 +165,11 @@ class _HookCalls(transformers.TrainerCallback):
         """Before the first batch of a step."""
         for hook in self.hooks:
             hook.before_step(kwargs["model"], state.global_step, state.max_steps)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the optimiser's step, after clipping."""
+        for hook in self.hooks:
+            hook.before_update(kwargs["model"], kwargs["optimizer"], state.global_step, state.max_steps)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After the optimiser's step, before the gradients are cleared."""

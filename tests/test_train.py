@@ -21,11 +21,12 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from surgeon import run_state
 from surgeon.errors import CheckFailed, SurgeonError, UnsupportedError, UsageError
+from surgeon.hook import Hook
 from surgeon.loss import causal_cross_entropy
 from surgeon.loss_log import read_log
 from surgeon.render import Rendered, Sample, load_data
 from surgeon.train import train
-from surgeon.trainer import Hook, checkpoints
+from surgeon.trainer import checkpoints
 
 TOKENIZER = SimpleNamespace(pad_token_id=0, eos_token_id=2)
 

@@ -1,0 +1,202 @@
+"""DyLoRA: one LoRA that works at every rank (Valipour et al. 2023).
+
+Each optimiser step draws a rank b, the same for all layers, and trains what a LoRA of that rank is made of:
+
+    y = W x + α/b · B[:, :b] A[:b] x
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from surgeon.errors import UsageError, nearest
+from surgeon.hook import Hook
+from surgeon.passes.base import Cost
+from surgeon.passes.lora import Lora
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from surgeon.edit import Edit
+    from surgeon.graph import Graph
+    from surgeon.normal import Base, Normal
+    from surgeon.sites import Site
+
+UNIFORM, GEOMETRIC = "uniform", "geometric"
+FROZEN, NESTED = "frozen", "nested"
+ACTIVE = "active"
+# Of the geometric distribution: P(b) ∝ p (1 − p)^(b − 1).
+SUCCESS = 0.2
+
+
+@dataclass(frozen=True)
+class DyLora(Lora):
+    """A LoRA whose first b rows and columns are a LoRA of rank b, for every b up to `rank`.
+
+    a: `[rank, in]`, b: `[out, rank]`, as in LoRA. `active: [rank]`, shared by all sites, holds rank/b in its first b
+    entries and 0 behind them: B diag(active) A · α/rank is α/b · B[:, :b] A[:b]. It is all ones but in a training step.
+    The scale has the drawn rank in it, as in the paper (kohya's port has another, and multiplies every row).
+
+    Options:
+        rank: the highest rank.
+        alpha: the numerator of the scale alpha / b.
+        dropout: on the adapter's input, while training.
+        rslora: scale alpha / √b instead.
+        distribution: of b. "uniform" over 1 … rank, as in the reference code; "geometric", which favours low ranks.
+        update: what a step at rank b changes. "nested": rows 1 … b; "frozen": row b alone, as in the reference code.
+            All other rows keep their bits: their optimiser state rests too (in the reference code AdamW's weight decay
+            and momentum go on moving them).
+    """
+
+    name: ClassVar[str] = "dylora"
+    rank: int = 8
+    distribution: str = UNIFORM
+    update: str = NESTED
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option, allowed in (("distribution", (UNIFORM, GEOMETRIC)), ("update", (NESTED, FROZEN))):
+            given = getattr(self, option)
+            if given not in allowed:
+                raise UsageError(f"dylora: {option} is '{given}'", f"--{option}", f"use {nearest(given, allowed)}")
+        if self.ranks:
+            raise UsageError("dylora draws one rank for all layers", "--ranks", "leave it out, or use lora")
+
+    def rewrite(self, edit: Edit, site: Site) -> None:
+        """x → dropout → a → b diag(active) → · α/rank → + y."""
+        low, b = self._low(edit, site)
+        active = edit.shared(ACTIVE, (self.rank,), "ones")
+        edit.replace(edit.add(edit.y, edit.mul(edit.linear(low, edit.mul(b, active)), self.scale)))
+
+    def shared_cost(self) -> Cost:
+        """The one vector `active`."""
+        return Cost(frozen=self.rank)
+
+    def normal(self, params: Mapping[str, torch.Tensor], site: Site, base: Base) -> Normal:
+        """The LoRA of the active rank."""
+        from surgeon.normal import Normal
+
+        count = int((params[ACTIVE] != 0).sum())
+        return Normal(self.scale_at(count), params["a"][:count], params["b"][:, :count])
+
+    def scale_at(self, rank: int) -> float:
+        """alpha / b, or alpha / √b."""
+        return self.alpha / (rank**0.5 if self.rslora else rank)
+
+    def weights_at(self, rank: int) -> torch.Tensor:
+        """`active` for a rank."""
+        import torch
+
+        weights = torch.zeros(self.rank)
+        weights[:rank] = self.scale_at(rank) / self.scale
+        return weights
+
+    def active_at(self, rank: int) -> dict[str, Tensor]:
+        """The shared tensors that make the adapter one of a lower rank.
+
+        Raises:
+            UsageError: it was not trained at this rank.
+        """
+        if not 1 <= rank <= self.rank:
+            raise UsageError(
+                f"the adapter has no rank {rank}", "--rank", f"1 to {self.rank}, the rank it was trained at"
+            )
+        return {ACTIVE: self.weights_at(rank)}
+
+    def hooks(self, graph: Graph, owner: str, seed: int) -> Sequence[Hook]:
+        """The draw, and the rows that rest."""
+        return [DrawRank(self, owner, seed)]
+
+
+def drawn(step: int, seed: int, highest: int, distribution: str) -> int:
+    """The rank of one optimiser step: it depends on seed and step alone, so on every process it is the same."""
+    uniform = random.Random(f"dylora/{seed}/{step}").random()
+    if distribution == UNIFORM:
+        return 1 + int(uniform * highest)
+    total = 1 - (1 - SUCCESS) ** highest
+    below = 0.0
+    for rank in range(1, highest + 1):
+        below += SUCCESS * (1 - SUCCESS) ** (rank - 1) / total
+        if uniform < below:
+            return rank
+    return highest
+
+
+class DrawRank(Hook):
+    """Draws b before a step, and lets the optimiser change the rows of that step alone."""
+
+    def __init__(self, step: DyLora, owner: str, seed: int) -> None:
+        self.step, self.owner, self.seed = step, owner, seed
+        self.rank = step.rank
+        self.held: list[tuple[Tensor, int, list[Tensor]]] = []
+        self.masks: list[Any] = []
+
+    def before_step(self, model: nn.Module, step: int, total: int) -> None:
+        """Set `active`."""
+        if not self.masks and self.step.update == FROZEN:
+            self.masks = [p.register_hook(self._masked(axis)) for p, axis in self._parameters(model)]
+        self.rank = drawn(step, self.seed, self.step.rank, self.step.distribution)
+        self._activate(model, self.rank)
+
+    def before_update(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
+        """Keep a copy of the rows that rest, with their optimiser state."""
+        self.held = []
+        for parameter, axis in self._parameters(model):
+            for tensor in (parameter, *_state(optimizer, parameter)):
+                self.held.append((tensor, axis, [part.clone() for part in self._resting(tensor.detach(), axis)]))
+
+    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
+        """Put the copies back; state that this step made is 0 where the rows rest."""
+        known = {id(tensor) for tensor, _, _ in self.held}
+        for tensor, axis, parts in self.held:
+            for part, before in zip(self._resting(tensor.detach(), axis), parts, strict=True):
+                part.copy_(before)
+        for parameter, axis in self._parameters(model):
+            for tensor in _state(optimizer, parameter):
+                if id(tensor) not in known:
+                    for part in self._resting(tensor, axis):
+                        part.zero_()
+        self.held = []
+
+    def finish(self, model: nn.Module) -> None:
+        """Every row is active again."""
+        for mask in self.masks:
+            mask.remove()
+        self.masks = []
+        self._activate(model, self.step.rank)
+
+    def _activate(self, model: nn.Module, rank: int) -> None:
+        buffer = model.get_buffer(f"{self.owner}.{ACTIVE}")
+        buffer.copy_(self.step.weights_at(rank))
+
+    def _parameters(self, model: nn.Module) -> list[tuple[Tensor, int]]:
+        """The a's and b's with the axis of their rank."""
+        named = list(model.named_parameters())
+        return [(p, axis) for axis, word in enumerate("ab") for n, p in named if n.endswith(f".{self.owner}.{word}")]
+
+    def _masked(self, axis: int) -> Callable[[Tensor], Tensor]:
+        """Rows that rest have no gradient, so that clipping does not count them."""
+
+        def mask(grad: Tensor) -> Tensor:
+            grad = grad.clone()
+            for part in self._resting(grad, axis):
+                part.zero_()
+            return grad
+
+        return mask
+
+    def _resting(self, tensor: Tensor, axis: int) -> list[Tensor]:
+        """The rows that this step must not change."""
+        last, whole = self.rank, self.step.rank
+        first = last - 1 if self.step.update == FROZEN else 0
+        return [tensor.narrow(axis, 0, first), tensor.narrow(axis, last, whole - last)]
+
+
+def _state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
+    """The optimiser's tensors that have an entry per entry of the parameter."""
+    state = getattr(optimizer, "optimizer", optimizer).state.get(parameter, {})
+    return [value for value in state.values() if getattr(value, "shape", None) == parameter.shape]
