@@ -240,13 +240,14 @@ class Adapter(Pass):
         """What it does around training steps; `owner` is its id in the graph."""
         return ()
 
-    def active_at(self, rank: int) -> Mapping[str, torch.Tensor]:
-        """Shared tensors, by the names given to `edit.shared`, that make the adapter one of a lower rank.
+    @property
+    def any_rank(self) -> int:
+        """The rank up to which every lower one was trained too; 0 where only one was."""
+        return 0
 
-        Raises:
-            UsageError: the method does not train lower ranks.
-        """
-        raise UsageError(f"{self.name} was trained at one rank", "--rank", "dylora trains every rank up to its own")
+    def active_at(self, rank: int) -> Mapping[str, torch.Tensor]:
+        """Shared tensors, by the names given to `edit.shared`, that make it one of a rank of at most `any_rank`."""
+        return {}
 
     def peft_config(self, sites: Sequence[Site]) -> dict[str, Any]:
         """The method's own fields of PEFT's `adapter_config.json`, for the sites it was applied to."""

@@ -95,16 +95,13 @@ class DyLora(Lora):
         weights[:rank] = self.scale_at(rank) / self.scale
         return weights
 
-    def active_at(self, rank: int) -> dict[str, Tensor]:
-        """The shared tensors that make the adapter one of a lower rank.
+    @property
+    def any_rank(self) -> int:
+        """Every rank up to `rank` was trained."""
+        return self.rank
 
-        Raises:
-            UsageError: it was not trained at this rank.
-        """
-        if not 1 <= rank <= self.rank:
-            raise UsageError(
-                f"the adapter has no rank {rank}", "--rank", f"1 to {self.rank}, the rank it was trained at"
-            )
+    def active_at(self, rank: int) -> dict[str, Tensor]:
+        """`active` for that rank."""
         return {ACTIVE: self.weights_at(rank)}
 
     def hooks(self, graph: Graph, owner: str, seed: int) -> Sequence[Hook]:
