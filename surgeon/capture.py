@@ -18,10 +18,12 @@ import transformers
 from torch import nn
 
 from surgeon import cleanup, interface, ops
+from surgeon.buffers import transient
 from surgeon.errors import SurgeonError, UnsupportedError
 from surgeon.graph import Graph
 from surgeon.layers import LayerTracer, Retrace
 from surgeon.program import FIXED_LENGTH, LOOPS, NOISY, Trace, assemble, check_lengths, check_noise, lifted, reason
+from surgeon.recognise import recognise
 from surgeon.split import split
 from surgeon.tasks import TASKS, Task, find_task
 from surgeon.tracing import literals, quiet, silence_noise
@@ -74,7 +76,8 @@ def capture_config(
                 notes += [f"attention captured as {attention}", *dict.fromkeys(reasons)]
             elif not trace.attentions:
                 notes.append("attention captured as it is: none goes through transformers' attention interface")
-            return assemble(model, config, kind.name, trace, notes)
+            graph = assemble(model, config, kind.name, trace, notes)
+            return graph if trace.attentions else recognise(graph, transient(model))
     raise UnsupportedError(
         f"cannot capture {config.model_type} for {kind.name}: {reasons[0]}",
         type(config).__name__,
@@ -177,6 +180,6 @@ def _export(model: transformers.PreTrainedModel, task: Task, way: _Way, share: b
         raise UnsupportedError(f"the model returns no {missing[0]}", type(model).__name__)
     graph, constants = lifted(program)
     cleanup.clean(graph)
-    cut = split(graph, {kind.path: kind.followers for kind in tracer.kinds.values()})
+    cut = split(graph, {kind.path: kind.followers for kind in tracer.kinds.values()}, tracer.runs)
     attentions = sum(node.target is torch.ops.surgeon.attention.default for node in graph.nodes)
     return Trace(cut, tuple(names), (*notes, *record.notes), constants, attentions)
