@@ -105,6 +105,13 @@ class Pass:
     def finish(self, graph: Graph, owner: str) -> None:
         """Called once after the sites are rewritten: what concerns the whole graph."""
 
+    def initialise(self, graph: Graph, owner: str, seed: int, tokenizer: Any) -> None:
+        """Called once after `finish`: first values (`graph.inserted`) that are made from the base's or from text.
+
+        A work folder that is read back is applied again and then filled, so what is put there computes when called and
+        not before, and raises UsageError only then if there is no tokenizer.
+        """
+
     def ensures(self, result: Graph) -> None:
         """Raise SurgeonError if the result is not what the pass promises."""
 

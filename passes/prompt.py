@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 TOKENS, PEFT = "tokens", "peft"
 ENCODER, DECODER, BOTH = "encoder", "decoder", "both"
 _FEW = "fewer --tokens"
+# Inits that are drawn, and how.
+_DRAWN = {"uniform": "uniform:0.5", "normal": "normal"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ class Prompt(Adapter):
         super().__post_init__()
         if self.tokens <= 0:
             raise UsageError(f"prompt: tokens is {self.tokens}", "--tokens", "at least 1, for example 20")
+        if self.init not in ("vocabulary", *_DRAWN) and not self.init.startswith(("text:", "labels:")):
+            known = ", ".join(("vocabulary", *_DRAWN, "text:…", "labels:a|b|…"))
+            raise UsageError(f"prompt: init is '{self.init}'", "--init", f"one of {known}")
         if self.side not in (ENCODER, DECODER, BOTH):
             raise UsageError(f"prompt: side is '{self.side}'", "--side", f"{ENCODER}, {DECODER} or {BOTH}")
         if self.layout not in (TOKENS, PEFT):
@@ -99,8 +104,19 @@ class Prompt(Adapter):
         """cat(rows, y), and everything that counts tokens."""
         from surgeon import virtual
 
-        rows = edit.param("rows", (self.tokens, site.out), "normal")
+        rows = edit.param("rows", (self.tokens, site.out), _DRAWN.get(self.init, "zeros"))
         virtual.prepend(edit, rows, self.tokens, whole=self.layout == PEFT)
+
+    def initialise(self, graph: Graph, owner: str, seed: int, tokenizer: Any) -> None:
+        """Rows of the base's embedding, where the option asks for them."""
+        from surgeon import virtual
+        from surgeon.first_rows import FirstRows
+
+        for name in [] if self.init in _DRAWN else self._inputs(graph):
+            site = virtual.token_embedding(graph, name)
+            assert site is not None
+            full = site.tensor(owner, "rows")
+            graph.inserted[full] = FirstRows(self.init, graph, site, self.tokens, seed, full, tokenizer)
 
     def rows(self, params: Mapping[str, torch.Tensor], site: Site) -> torch.Tensor:
         """The rows as they are."""

@@ -62,7 +62,8 @@ def apply(
         graph, tokenizer = base.trained(), base.tokenizer
     else:
         graph, tokenizer = read(base, task, labels=labels, seed=seed), tokenizer_of(base)
-    model = load_model(run.apply(graph, _step(method, options), seed=seed), dtype=dtype)
+    applied = run.apply(graph, _step(method, options), seed=seed, tokenizer=tokenizer)
+    model = load_model(applied, dtype=dtype)
     model.tokenizer = tokenizer
     return model
 
