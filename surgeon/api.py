@@ -12,6 +12,7 @@ import transformers
 
 from surgeon import run, store
 from surgeon.errors import UsageError
+from surgeon.fold import fold, folds
 from surgeon.graph import Graph
 from surgeon.lower.merge import Merged
 from surgeon.lower.merge import merge as merge_folder
@@ -107,6 +108,8 @@ def read(
         return store.load(folder, base)
     if store.is_adapter_folder(folder):
         return store.load_adapter(folder, base)
+    if store.has_rest(folder):
+        return store.load(Path(folder, store.REST), folder)
     return open_graph(open_source(folder, task, labels=labels), seed=seed)
 
 
@@ -118,9 +121,13 @@ def merge(
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
     verify: bool = True,
+    strict: bool = False,
     progress: Any = None,
 ) -> Merged:
     """Fold the adapters of a work folder or PEFT adapter folder into a plain Hugging Face checkpoint, and prove it.
+
+    Virtual tokens do not fold: they are written beside the weights, and `surgeon.load(out)` puts them on again.
+    With `strict` they are refused.
 
     Raises:
         CheckFailed: what would be written does not compute what the adapted model computes.
@@ -139,6 +146,7 @@ def merge(
         overwrite=overwrite,
         dtype=dtype,
         verify=verify,
+        strict=strict,
         tokenizer=tokenizer_of(source.folder),
         progress=progress,
     )
@@ -158,9 +166,7 @@ def verify(first: str | Path, second: str | Path, *, task: str | None = None) ->
     coarser = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     tokenizer = tokenizer_of(reference.source) or tokenizer_of(candidate.source)
     rounded = None
-    if any(isinstance(step, Pass) for step in reference.applied) and not candidate.applied:
-        from surgeon.fold import fold
-
+    if folds(reference) and not folds(candidate):
         rounded = fold(reference)
     return compare(reference, candidate, probes=make_probes(reference, tokenizer), rounded=rounded, dtype=coarser)
 
