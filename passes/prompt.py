@@ -69,9 +69,9 @@ class Prompt(Adapter):
 
     def requires(self, graph: Graph) -> None:
         """Raise UsageError for more rows than the model has positions."""
-        from surgeon import virtual
+        from surgeon import positions
 
-        limit = virtual.position_limit(graph)
+        limit = positions.limit(graph)
         if limit and self.tokens >= limit:
             what = f"prompt: {self.tokens} virtual tokens leave no room for text"
             raise UsageError(what, f"{graph.config.model_type} has {limit} positions", _FEW)
@@ -94,6 +94,10 @@ class Prompt(Adapter):
             return ["input_ids"]
         sides = {ENCODER: "input_ids", DECODER: "decoder_input_ids"}
         return [name for side, name in sides.items() if self.side in (side, BOTH)]
+
+    def virtual_tokens(self, graph: Graph) -> dict[str, int]:
+        """The rows, of each side asked for."""
+        return dict.fromkeys(self._inputs(graph), self.tokens)
 
     def cost(self, site: Site) -> Cost:
         """tokens · h parameters."""
@@ -137,6 +141,13 @@ class Prompt(Adapter):
             "tokenizer_name_or_path": None,
             "tokenizer_kwargs": None,
         }
+
+    def peft_unfit(self, task: str) -> str:
+        """PEFT prompts encoders, and leaves the rows in what heads see."""
+        if self.side != ENCODER:
+            return "its rows stand before the tokens of the encoder"
+        cut = self.layout == TOKENS and task not in ("causal-lm", "seq2seq-lm")
+        return "it leaves the rows in the outputs: layout=peft" if cut else ""
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Prompt:
