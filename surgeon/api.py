@@ -19,6 +19,7 @@ from surgeon.lower.merge import merge as merge_folder
 from surgeon.model import SurgeonModel, load_model
 from surgeon.passes import make
 from surgeon.passes.base import Pass
+from surgeon.remote_code import code_refused, is_trusted
 from surgeon.source import Source, open_graph, open_source
 from surgeon.verification import Comparison, compare, make_probes
 
@@ -189,7 +190,8 @@ def tokenizer_of(folder: str | Path) -> Any:
     """The tokenizer of a folder, or None if it has none."""
     if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
         return None
-    return transformers.AutoTokenizer.from_pretrained(folder)
+    with code_refused(Path(folder)):
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=is_trusted())
 
 
 def _step(method: str | Pass, options: dict[str, Any]) -> Pass:
