@@ -40,7 +40,8 @@ def command(
 
     graph = api.read(model, task or None, labels=parse_labels(labels, task) if labels else (), seed=seed)
     found = plan(graph, *steps)
-    folder = store.save(run.apply(graph, *steps, seed=seed), out, overwrite=overwrite, seed=seed)
+    applied = run.apply(graph, *steps, seed=seed, tokenizer=api.tokenizer_of(graph.source))
+    folder = store.save(applied, out, overwrite=overwrite, seed=seed)
     output.emit({"folder": folder, **output.plain(found)}, json, view(found))
     if not json:
         output.say(f"wrote {folder}; next: surgeon train {folder} --data FILE.jsonl")

@@ -24,6 +24,8 @@ def command(
     verify: Annotated[
         bool, typer.Option(help="Compare with the adapted model before the folder is put in place.")
     ] = True,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse if something does not fold into weights.")] = False,
+    rank: Annotated[int | None, typer.Option(help="Of an adapter that has every rank (dylora).")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder if it exists.")] = False,
     json: output.Json = False,
 ) -> None:
@@ -31,6 +33,9 @@ def command(
 
     The model is never built: memory stays below the two largest tensors, whatever the model's size. Exits with 1 and
     leaves nothing behind if the merged files compute something else.
+
+    Virtual tokens (prefix, prompt) fold into no weight: they are written to OUT/adapter, in PEFT's format where it has
+    one, and surgeon puts them on again whenever it opens OUT. With --strict that is an error.
 
     Examples:
         surgeon merge work/ -o merged/
@@ -47,14 +52,28 @@ def command(
             folder,
             out,
             base=base,
+            rank=rank,
             overwrite=overwrite,
             dtype=getattr(torch, dtype) if dtype else None,
             verify=verify,
+            strict=strict,
             progress=advance,
         )
     output.emit(summary(merged), json)
-    if not json:
+    if json:
+        return
+    if merged.rest:
+        output.say(f"not folded: {', '.join(merged.rest)}, an adapter of its own for {out}, in {left(merged)}")
+        output.say(f"next: surgeon verify {folder} {out}, or surgeon generate {out}, which puts the adapter on")
+    else:
         output.say(f"next: surgeon verify {folder} {out}, or load {out} with any Hugging Face tool")
+
+
+def left(merged: Merged) -> Path | None:
+    """The folder with what did not fold."""
+    from surgeon.store import REST
+
+    return merged.written.folder / REST if merged.rest else None
 
 
 def summary(merged: Merged) -> dict[str, Any]:
@@ -67,6 +86,8 @@ def summary(merged: Merged) -> dict[str, Any]:
         "copied_bytes": written.copied_bytes,
         "merged_bytes": written.merged_bytes,
         "seconds": written.seconds,
+        "not_folded": merged.rest,
+        "adapter_folder": left(merged),
     }
     if comparison is not None:
         result |= {

@@ -18,7 +18,13 @@ PASSES = {
     "kv_cache": "surgeon.passes.kv_cache:KvCache",
 }
 # PEFT's name of a method → ours.
-PEFT_TYPES = {"LORA": "lora", "VERA": "vera", "PROMPT_TUNING": "prompt", "P_TUNING": "prompt"}
+PEFT_TYPES = {
+    "LORA": "lora",
+    "VERA": "vera",
+    "PREFIX_TUNING": "prefix",
+    "PROMPT_TUNING": "prompt",
+    "P_TUNING": "prompt",
+}
 
 
 def find(name: str) -> type[Pass]:

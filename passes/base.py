@@ -95,6 +95,13 @@ class Pass:
     def rewrite(self, edit: Edit, site: Site) -> None:
         """Write the nodes of one site, only through `edit`."""
 
+    def virtual_tokens(self, graph: Graph) -> dict[str, int]:
+        """Input of token ids → how many virtual tokens the pass puts before them.
+
+        They are part of the first call of a model with a K/V cache, and in the cache for the later ones.
+        """
+        return {}
+
     def cost(self, site: Site) -> Cost:
         """What it adds at one site; asked of the pass as `prepare` and `at` leave it."""
         return Cost()
@@ -105,6 +112,13 @@ class Pass:
 
     def finish(self, graph: Graph, owner: str) -> None:
         """Called once after the sites are rewritten: what concerns the whole graph."""
+
+    def initialise(self, graph: Graph, owner: str, seed: int, tokenizer: Any) -> None:
+        """Called once after `finish`: first values (`graph.inserted`) that are made from the base's or from text.
+
+        A work folder that is read back is applied again and then filled, so what is put there computes when called and
+        not before, and raises UsageError only then if there is no tokenizer.
+        """
 
     def ensures(self, result: Graph) -> None:
         """Raise SurgeonError if the result is not what the pass promises."""
@@ -257,8 +271,8 @@ class Adapter(Pass):
         """Names given to `edit.param` and `edit.shared` → keys in PEFT's file, without their prefix `base_model.`."""
         return {}
 
-    def peft_unfit(self, sites: Sequence[Site]) -> str:
-        """Why PEFT has no place for what these options do at these sites, or ""; it is saved in our own form then."""
+    def peft_unfit(self, task: str) -> str:
+        """Why PEFT has no place for what these options do in a model for a task, or ""; it is saved in our form then."""
         return ""
 
     @property

@@ -185,7 +185,7 @@ class Prefix(Adapter):
         """The columns as they are, or as the MLP makes them."""
         from surgeon.normal import Columns
 
-        return Columns(*(self._columns(params, site, name) for name in ("k", "v")))
+        return Columns(self._columns(params, site, "k"), self._columns(params, site, "v"))
 
     def _columns(self, params: Mapping[str, torch.Tensor], site: Site, name: str) -> torch.Tensor:
         import torch
@@ -202,5 +202,16 @@ class Prefix(Adapter):
         return {"k": form.k, "v": form.v}
 
     def peft_config(self, sites: Sequence[Site]) -> dict[str, Any]:
-        """PEFT's fields."""
-        return {"num_virtual_tokens": self.tokens, "encoder_hidden_size": self.hidden or None}
+        """PEFT's fields; its file has the columns and no MLP, which makes them a prefix without one."""
+        return {"encoder_hidden_size": None, "init_weights": None, "prefix_projection": False}
+
+    @property
+    def peft_lossy(self) -> bool:
+        """The MLP cannot be had back from the columns it makes."""
+        return bool(self.hidden)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> Prefix:
+        """PEFT's prefix of an encoder-decoder reaches the decoder's self-attention alone."""
+        both = config.get("task_type") == "SEQ_2_SEQ_LM" or config.get("num_transformer_submodules") == 2
+        return cls(tokens=int(config["num_virtual_tokens"]), sites="decoder" if both else cls.sites)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import itertools
 from dataclasses import dataclass
@@ -18,10 +19,14 @@ import transformers
 from torch import nn
 
 from surgeon import cleanup, interface, ops
+from surgeon.buffers import transient
 from surgeon.errors import SurgeonError, UnsupportedError
 from surgeon.graph import Graph
 from surgeon.layers import LayerTracer, Retrace
 from surgeon.program import FIXED_LENGTH, LOOPS, NOISY, Trace, assemble, check_lengths, check_noise, lifted, reason
+from surgeon.recognise import recognise
+from surgeon.recognise_values import Buffers
+from surgeon.remote_code import is_trusted
 from surgeon.split import split
 from surgeon.tasks import TASKS, Task, find_task
 from surgeon.tracing import literals, quiet, silence_noise
@@ -41,6 +46,7 @@ def build(config: transformers.PretrainedConfig, task: Task, attention: str) -> 
             attn_implementation=attention,
             experts_implementation=interface.NAME,
             dtype=cleanup.TRACE_DTYPE,
+            trust_remote_code=is_trusted(),
         )
     model.tie_weights()
     for parameter in model.parameters():
@@ -69,17 +75,23 @@ def capture_config(
         attention = way.attention
         with quiet(), contextlib.suppress(_NotThisWay):
             model, trace = _traced(config, kind, way, share_layers, reasons)
-            notes = list(trace.notes)
-            if attention != "surgeon":
-                notes += [f"attention captured as {attention}", *dict.fromkeys(reasons)]
-            elif not trace.attentions:
-                notes.append("attention captured as it is: none goes through transformers' attention interface")
-            return assemble(model, config, kind.name, trace, notes)
+            graph = assemble(model, config, kind.name, trace, list(trace.notes))
+            return graph if trace.attentions else _with_attention(graph, transient(model), attention, reasons)
     raise UnsupportedError(
         f"cannot capture {config.model_type} for {kind.name}: {reasons[0]}",
         type(config).__name__,
         f"the tasks are {', '.join(TASKS)}; `surgeon doctor` checks this installation",
     )
+
+
+def _with_attention(graph: Graph, buffers: Buffers, attention: str, reasons: list[str]) -> Graph:
+    """A graph of an architecture with attention code of its own, with that code as nodes or with a note why not."""
+    found, why = recognise(graph, buffers)
+    code = "own" if attention == interface.NAME else attention
+    if not why:
+        return dataclasses.replace(found, notes=(*graph.notes, f"attention recognised in its {code} code"))
+    refused = f"attention captured as it is, in its {code} code: {why}"
+    return dataclasses.replace(graph, notes=(*graph.notes, refused, *dict.fromkeys(reasons)))
 
 
 @dataclass(frozen=True)
@@ -177,6 +189,6 @@ def _export(model: transformers.PreTrainedModel, task: Task, way: _Way, share: b
         raise UnsupportedError(f"the model returns no {missing[0]}", type(model).__name__)
     graph, constants = lifted(program)
     cleanup.clean(graph)
-    cut = split(graph, {kind.path: kind.followers for kind in tracer.kinds.values()})
+    cut = split(graph, {kind.path: kind.followers for kind in tracer.kinds.values()}, tracer.runs)
     attentions = sum(node.target is torch.ops.surgeon.attention.default for node in graph.nodes)
     return Trace(cut, tuple(names), (*notes, *record.notes), constants, attentions)

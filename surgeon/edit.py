@@ -46,14 +46,19 @@ class Initial:
             return torch.ones(self.shape)
         if self.kind.startswith("constant:"):
             return torch.full(self.shape, float(self.kind.removeprefix("constant:")))
-        digest = hashlib.sha256(f"{self.seed}/{self.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        generator = generator_of(self.seed, self.name)
         if self.kind == "kaiming" or self.kind.startswith("uniform:"):
             given = self.kind.partition(":")[2]
             bound = float(given) if given else 1 / math.sqrt(self.shape[-1])
             return torch.empty(self.shape).uniform_(-bound, bound, generator=generator)
         std = 1 / self.shape[0] if self.kind == "gaussian" else 1.0
         return torch.empty(self.shape).normal_(0, std, generator=generator)
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """The random numbers of a tensor: the same on every machine for the same seed and name."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 class Edit:

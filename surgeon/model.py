@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.utils import ModelOutput
 
 from surgeon import module
@@ -16,12 +15,8 @@ from surgeon.errors import UnsupportedError, UsageError, nearest
 from surgeon.graph import Graph
 from surgeon.head import find_head
 from surgeon.loss import causal_cross_entropy, linear_cross_entropy
+from surgeon.task_loss import task_loss
 
-_LOSSES = {
-    "sequence-classification": "ForSequenceClassification",
-    "token-classification": "ForTokenClassification",
-    "question-answering": "ForQuestionAnswering",
-}
 _IGNORED = {
     "return_dict",
     "use_cache",
@@ -86,7 +81,8 @@ class SurgeonModel(module.GraphModule):
         if self.graph.task in ("causal-lm", "seq2seq-lm"):
             return self._language_loss(given, labels, count)
         results = dict(zip(self.graph.outputs, self.run(self.graph.trunk, *given), strict=True))
-        return Output(loss=self._task_loss(results, labels, spans), **results)
+        targets = spans if labels is None else {"labels": labels, **spans}
+        return Output(loss=task_loss(self.graph.task, results, targets, self.config, count), **results)
 
     def _language_loss(self, given: list[torch.Tensor], labels: torch.Tensor | None, count: Any) -> Output:
         head = find_head(self.graph)
@@ -115,18 +111,6 @@ class SurgeonModel(module.GraphModule):
         object.__setattr__(output, "_later", logits)
         return output
 
-    def _task_loss(self, results: Mapping[str, torch.Tensor], labels: Any, spans: Mapping[str, Any]) -> torch.Tensor:
-        if self.graph.task not in _LOSSES:
-            raise UsageError(
-                f"the task {self.graph.task} has no loss", str(self.graph.source), "capture it for another --task"
-            )
-        loss: Callable[..., torch.Tensor] = LOSS_MAPPING[_LOSSES[self.graph.task]]
-        if spans:
-            return loss(results["start_logits"], results["end_logits"], **spans)
-        if self.graph.task == "sequence-classification":
-            return loss(labels, results["logits"], self.config)
-        return loss(results["logits"], labels, self.config)
-
     def _filled(self, given: dict[str, Any], labels: torch.Tensor | None) -> list[torch.Tensor]:
         """The graph's inputs in order, with what users may leave out."""
         names = self.graph.inputs
@@ -151,7 +135,7 @@ class SurgeonModel(module.GraphModule):
         if name.endswith("attention_mask"):
             return torch.ones_like(ids)
         if name == "position_ids":
-            return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape[0], -1)
+            return torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
         if name == "token_type_ids":
             return torch.zeros_like(ids)
         raise UsageError(f"the input '{name}' is missing", ", ".join(self.graph.inputs), f"give {name}")

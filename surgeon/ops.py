@@ -1,8 +1,8 @@
 """The operators that surgeon adds to a captured graph, registered as `torch.ops.surgeon.*`.
 
-`attention` is the one node per attention that every attention pass edits. `enter`, `leave` and `layer` exist only while
-a model is captured (see `surgeon.capture`). The attention kernel is CompositeImplicitAutograd over torch's own SDPA: it
-stays one node through `torch.export`, trains, and works under autocast.
+`attention` is the one node per attention that every attention pass edits. `enter`, `leave` and `layers` exist only
+while a model is captured (see `surgeon.capture`). The attention kernel is CompositeImplicitAutograd over torch's own
+SDPA: it stays one node through `torch.export`, trains, and works under autocast.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LIBRARY.define(
 _LIBRARY.define("bfloat16(Tensor x) -> Tensor")
 _LIBRARY.define("enter(Tensor[] xs, str path) -> Tensor[]")
 _LIBRARY.define("leave(Tensor[] xs, str path) -> Tensor[]")
-_LIBRARY.define("layer(Tensor[] xs, SymInt[] sizes, str path) -> Tensor[]")
+_LIBRARY.define("layers(Tensor[] xs, SymInt[] sizes, int run) -> Tensor[]")
 
 
 def key_offset(queries: int, keys: int) -> int:

@@ -141,7 +141,7 @@ def unfit(graph: Graph, owner: str, step: Adapter) -> str:
     if not step.peft_type:
         return f"PEFT has no method {step.name}"
     found = adapted(graph, owner)
-    reason = step.peft_unfit([item.site for item in found])
+    reason = step.peft_unfit(graph.task)
     return reason or (peft_prompts.unfit(graph, found) if step.peft_prompt else "")
 
 

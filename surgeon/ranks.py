@@ -33,7 +33,9 @@ def at_rank(graph: Graph, rank: int) -> Graph:
         UsageError: no adapter has lower ranks, or the rank is above the highest, or below 1.
     """
     if not 1 <= rank <= highest_rank(graph):
-        raise UsageError(f"the adapter has no rank {rank}", "--rank", f"1 to {highest_rank(graph)}, where it was trained")
+        raise UsageError(
+            f"the adapter has no rank {rank}", "--rank", f"1 to {highest_rank(graph)}, where it was trained"
+        )
     result = dataclasses.replace(graph, inserted=dict(graph.inserted))
     for owner, step in owners(graph.applied).items():
         if isinstance(step, Adapter) and step.any_rank:

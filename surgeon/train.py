@@ -12,13 +12,12 @@ from typing import Any
 import transformers
 from torch import nn
 
-from surgeon.data import Collator
 from surgeon.errors import UnsupportedError, UsageError
 from surgeon.hook import Hook, hooks_of
 from surgeon.loss_log import LossLog, ProgressBar, plot_log, read_log
 from surgeon.passes.base import Pass
 from surgeon.recipe import SCHEDULERS, Recipe, make_recipe
-from surgeon.render import Rendered, load_data
+from surgeon.samples import Data, collator_for, samples_for
 from surgeon.trainer import SurgeonTrainer, check_same_run, checkpoints
 
 
@@ -26,13 +25,15 @@ from surgeon.trainer import SurgeonTrainer, check_same_run, checkpoints
 class TrainReport:
     """What a run did. Losses are nats per trained token; `loss` is the mean over the last tenth of the steps.
 
-    `data` is one line about the samples (Rendered.summary).
+    `data` is one line about the samples. For other tasks than language models losses are per label, and `eval_metrics`
+    are those of TaskReport.
     """
 
     steps: int
     first_loss: float
     loss: float
     eval_loss: float | None
+    eval_metrics: dict[str, float]
     data: str
     trainable_parameters: int
     tokens_per_second: float
@@ -47,10 +48,10 @@ class TrainReport:
 def train(
     model: nn.Module,
     tokenizer: Any,
-    data: Rendered | str | Path,
+    data: Data | str | Path,
     *,
     out: str | Path,
-    eval_data: Rendered | str | Path | None = None,
+    eval_data: Data | str | Path | None = None,
     resume: bool | str = False,
     hooks: Sequence[Hook] = (),
     progress: bool = True,
@@ -70,9 +71,8 @@ def train(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trainable:
         raise UsageError("no parameter of the model trains", type(model).__name__, "apply a method to it first")
-    limit = recipe.max_length or getattr(model.config, "max_position_embeddings", None)
-    samples = _samples(data, tokenizer, limit)
-    held_out = None if eval_data is None else _samples(eval_data, tokenizer, limit)
+    samples = samples_for(model, tokenizer, data, recipe.max_length)
+    held_out = None if eval_data is None else samples_for(model, tokenizer, eval_data, recipe.max_length)
     out = Path(out)
     hooks = [*_hooks(model, recipe.seed), *hooks]
     run = {**_run(recipe, samples, held_out), "hooks": [type(hook).__name__ for hook in hooks]}
@@ -91,7 +91,7 @@ def train(
             args=_arguments(recipe, out, run["total_steps"], model, held_out is not None),
             train_dataset=samples,
             eval_dataset=held_out,
-            data_collator=Collator.of(tokenizer),
+            data_collator=collator_for(samples, tokenizer),
             hooks=hooks,
             log=log,
             bar=bar,
@@ -126,11 +126,7 @@ def _hooks(model: nn.Module, seed: int) -> list[Hook]:
     return [] if graph is None else hooks_of(graph, seed)
 
 
-def _samples(data: Rendered | str | Path, tokenizer: Any, max_length: int | None) -> Rendered:
-    return data if isinstance(data, Rendered) else load_data(data, tokenizer, max_length)
-
-
-def _run(recipe: Recipe, samples: Rendered, held_out: Rendered | None) -> dict[str, Any]:
+def _run(recipe: Recipe, samples: Data, held_out: Data | None) -> dict[str, Any]:
     """What must be equal for a run to be resumed; how often it saves may change."""
     options = {name: value for name, value in asdict(recipe).items() if name != "save_every"}
     held_out_digest = None if held_out is None else held_out.digest
@@ -195,13 +191,16 @@ def _report(
     lines = read_log(log.path)
     losses = [line["loss"] for line in lines if "loss" in line]
     last = losses[-max(len(losses) // 10, 1) :]
-    held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    held_out = [line for line in lines if "eval_loss" in line][-1:]
+    measured = {name.removeprefix("eval_"): value for line in held_out for name, value in line.items()}
+    eval_loss = measured.pop("loss", None)
     saved = checkpoints(Path(trainer.args.output_dir))
     return TrainReport(
         steps=trainer.state.global_step,
         first_loss=losses[0],
         loss=sum(last) / len(last),
-        eval_loss=held_out[-1] if held_out else None,
+        eval_loss=eval_loss,
+        eval_metrics={name: value for name, value in measured.items() if name != "step"},
         data=data,
         trainable_parameters=trainable,
         tokens_per_second=trainer.tokens_seen / seconds,

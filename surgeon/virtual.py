@@ -17,7 +17,7 @@ from torch import fx
 from surgeon import lengths
 from surgeon.edit import Edit
 from surgeon.errors import UnsupportedError
-from surgeon.graph import Graph, path_of, tag
+from surgeon.graph import MODEL_DTYPE, Graph, path_of, tag
 from surgeon.sites import EMBEDDING, Site, sites
 from surgeon.wiring import inputs_of
 
@@ -163,6 +163,12 @@ def _embed(edit: Edit, rows: fx.Node) -> None:
     whole.replace(whole.call(aten.cat.default, [repeated, whole.y], 1), outer=True)
 
 
+def _returned(trunk: fx.Graph, embedding: fx.Node) -> fx.Node:
+    """What the module of an embedding returns: the embedding, or what the module itself makes of it (a scale)."""
+    own = [n for n in trunk.nodes if tag(n) is None and n.op == "call_function" and path_of(n) == path_of(embedding)]
+    return max(node for node in own if embedding in _above([node]))
+
+
 def _lead(edit: Edit, node: fx.Node, count: int, parts: Parts) -> None:
     """What virtual tokens have in front of an input that is as long as the ids: seen, numbered from 0, of type 0."""
     kind, keep = str(node.target).removeprefix("decoder_"), _others(node, parts)
@@ -175,6 +181,31 @@ def _lead(edit: Edit, node: fx.Node, count: int, parts: Parts) -> None:
         front = edit.call(aten.sub.Tensor, edit.call(aten.cumsum.default, front, 1), 1)
         rest = edit.call(aten.add.Tensor, node, count)
     edit.replace(edit.call(aten.cat.default, [front, rest], 1), keep=keep)
+
+
+def embedded(graph: Graph, site: Site, ids: torch.Tensor) -> torch.Tensor:
+    """What an embedding's module returns for ids `[n]`: `[n, h]` in fp32, with the module's own scale."""
+    node = next(node for node in graph.trunk.nodes if node.name == site.node)
+    last, way = _returned(graph.trunk, node), _way(node)
+    known: dict[fx.Node, Any] = dict.fromkeys(way[1:], ids)
+    for step in graph.trunk.nodes:
+        if step in known or step not in _above([last]):
+            continue
+        if step.op == "get_attr":
+            known[step] = _value(graph, str(step.target))
+        elif step.op == "call_function":
+            args, kwargs = fx.node.map_arg((step.args, dict(step.kwargs)), known.__getitem__)
+            known[step] = step.target(*args, **kwargs)
+    found: torch.Tensor = known[last]
+    return found
+
+
+def _value(graph: Graph, name: str) -> Any:
+    if name == MODEL_DTYPE:
+        return torch.float32
+    full = graph.resolve(name)
+    tensor = graph.inserted[full]() if full in graph.inserted else graph.values[full]
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def position_limit(graph: Graph) -> int:

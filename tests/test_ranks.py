@@ -13,7 +13,9 @@ from surgeon.ranks import at_rank, highest_rank, set_rank
 
 
 def stacked() -> Graph:
-    return randomised(run.apply(graph_of("llama"), make("dylora", rank=4), make("lora", rank=2), make("dylora", rank=6)))
+    return randomised(
+        run.apply(graph_of("llama"), make("dylora", rank=4), make("lora", rank=2), make("dylora", rank=6))
+    )
 
 
 @torch.no_grad()
