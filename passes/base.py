@@ -249,6 +249,10 @@ class Adapter(Pass):
 
         replaced.train(graph, replaced.names(graph, owner, self))
 
+    def final(self) -> Adapter:
+        """Without what only training needs: made of its `columns` or `rows`, with no reparameterisation or dropout."""
+        return self
+
     def peft_config(self, sites: Sequence[Site]) -> dict[str, Any]:
         """The method's own fields of PEFT's `adapter_config.json`, for the sites it was applied to."""
         return {}
@@ -258,7 +262,7 @@ class Adapter(Pass):
         return {}
 
     def peft_unfit(self, task: str) -> str:
-        """Why PEFT has no place for what these options do in a model for a task, or ""; it is saved in our form then."""
+        """Why PEFT has no place for what these options do in a model for a task, or "": then our own form is used."""
         return ""
 
     @property
