@@ -263,6 +263,10 @@ class Adapter(Pass):
         """Shared tensors, by the names given to `edit.shared`, that make it one of a rank of at most `any_rank`."""
         return {}
 
+    def final(self) -> Adapter:
+        """Without what only training needs: made of its `columns` or `rows`, with no reparameterisation or dropout."""
+        return self
+
     def peft_config(self, sites: Sequence[Site]) -> dict[str, Any]:
         """The method's own fields of PEFT's `adapter_config.json`, for the sites it was applied to."""
         return {}
@@ -272,7 +276,7 @@ class Adapter(Pass):
         return {}
 
     def peft_unfit(self, task: str) -> str:
-        """Why PEFT has no place for what these options do in a model for a task, or ""; it is saved in our form then."""
+        """Why PEFT has no place for what these options do in a model for a task, or "": then our own form is used."""
         return ""
 
     @property

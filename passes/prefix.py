@@ -197,6 +197,12 @@ class Prefix(Adapter):
         rows = torch.nn.functional.linear(features, params[f"{name}_weight"], params[f"{name}_bias"])
         return rows.unflatten(1, (site.heads, -1)).transpose(0, 1)
 
+    def final(self) -> Prefix:
+        """The columns themselves."""
+        import dataclasses
+
+        return dataclasses.replace(self, hidden=0, width=0, dropout=0.0)
+
     def params(self, form: Any, site: Site) -> dict[str, torch.Tensor]:
         """The columns as they are."""
         return {"k": form.k, "v": form.v}

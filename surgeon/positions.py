@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
 
 from surgeon import lengths
 from surgeon.edit import Edit
