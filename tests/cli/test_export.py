@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -88,3 +90,52 @@ def test_a_missing_package_is_named(
     monkeypatch.setattr(builtins, "__import__", without)
     assert main(["export", str(base), "-o", str(tmp_path / "out")]) == 3
     assert "pip install model-surgeon[onnx]" in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal, sys
+from surgeon import atomic
+from surgeon.cli.main import main
+
+sync = atomic._sync_tree
+def kill(folder):
+    sync(folder)
+    os.kill(os.getpid(), signal.SIGKILL)
+atomic._sync_tree = kill
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("target", ["onnx", "hf"])
+def test_a_kill_leaves_the_old_folder(work: Path, tmp_path: Path, target: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("old")
+    command = ["export", str(work), "--target", target, "-o", str(out), "--overwrite", "--no-verify"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [path.name for path in out.iterdir()] == ["mine"]
+    assert len(list(tmp_path.iterdir())) == 2  # and what was being written, which the next command sweeps
+    assert main([*command]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert "mine" not in [path.name for path in out.iterdir()]
+
+
+FULL = """
+import resource, sys
+from surgeon.cli.main import main
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("target", ["onnx", "hf"])
+def test_a_full_disk_leaves_nothing(work: Path, tmp_path: Path, target: str) -> None:
+    command = ["export", str(work), "--target", target, "-o", str(tmp_path / "out")]
+    full = subprocess.run([sys.executable, "-c", FULL, *command], capture_output=True, text=True, check=False)
+    assert full.returncode == 1
+    lines = full.stderr.strip().splitlines()[-3:]
+    assert lines[0].startswith("the disk is full")
+    assert str(tmp_path / "out") in lines[1]
+    assert list(tmp_path.iterdir()) == []
