@@ -8,17 +8,20 @@ user's again, so that heads, poolers and losses see the tokens they were made fo
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from surgeon import lengths
+from surgeon import lengths, numbering
 from surgeon.edit import Edit
 from surgeon.errors import UnsupportedError
 from surgeon.graph import MODEL_DTYPE, Graph, path_of, tag
+from surgeon.run import owners
 from surgeon.sites import EMBEDDING, Site, sites
+from surgeon.strip import without
 from surgeon.wiring import inputs_of
 
 aten = torch.ops.aten
@@ -40,6 +43,22 @@ class Parts:
     ids: fx.Node
     before: frozenset[fx.Node]
     inside: frozenset[fx.Node]
+
+
+def count(graph: Graph, name: str = "input_ids") -> int:
+    """How many virtual tokens stand before the tokens of one input of the model."""
+    return sum(step.virtual_tokens(graph).get(name, 0) for step in graph.applied)
+
+
+def afterwards(graph: Graph) -> Graph:
+    """The graph for tokens that follow the first ones: their virtual tokens are in the K/V cache by then."""
+    gone = {owner for owner, step in owners(graph.applied).items() if step.virtual_tokens(graph)}
+    return without(graph, gone) if gone else graph
+
+
+def in_front(mask: torch.Tensor, count: int, value: int = 1) -> torch.Tensor:
+    """A mask or labels `[b, t]` with `count` times the same value before them."""
+    return torch.nn.functional.pad(mask, (count, 0), value=value) if count else mask
 
 
 def token_embedding(graph: Graph, name: str) -> Site | None:
@@ -92,12 +111,12 @@ def _parts(graph: Graph, embedding: fx.Node, whole: bool) -> Parts:
     return Parts(ids, frozenset(before), frozenset(inside - before))
 
 
-def _above(roots: list[fx.Node]) -> set[fx.Node]:
-    """The roots and everything they are computed from."""
+def _above(roots: list[fx.Node], known: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """The roots and everything they are computed from, but for what is known and what that is computed from."""
     found, queue = set(roots), list(roots)
     while queue:
         for node in queue.pop().all_input_nodes:
-            if node not in found:
+            if node not in found and node not in known:
                 found.add(node)
                 queue.append(node)
     return found
@@ -178,7 +197,8 @@ def _lead(edit: Edit, node: fx.Node, count: int, parts: Parts) -> None:
     fill = aten.new_zeros.default if kind == _TYPES else aten.new_ones.default
     front, rest = edit.call(fill, node, [batch, count]), node
     if kind == _POSITIONS:
-        front = edit.call(aten.sub.Tensor, edit.call(aten.cumsum.default, front, 1), 1)
+        first = numbering.first(edit.graph)
+        front = edit.call(aten.add.Tensor, edit.call(aten.cumsum.default, front, 1), first - 1)
         rest = edit.call(aten.add.Tensor, node, count)
     edit.replace(edit.call(aten.cat.default, [front, rest], 1), keep=keep)
 
@@ -188,9 +208,7 @@ def embedded(graph: Graph, site: Site, ids: torch.Tensor) -> torch.Tensor:
     node = next(node for node in graph.trunk.nodes if node.name == site.node)
     last, way = _returned(graph.trunk, node), _way(node)
     known: dict[fx.Node, Any] = dict.fromkeys(way[1:], ids)
-    for step in graph.trunk.nodes:
-        if step in known or step not in _above([last]):
-            continue
+    for step in sorted(_above([last], set(known)) - set(known)):
         if step.op == "get_attr":
             known[step] = _value(graph, str(step.target))
         elif step.op == "call_function":
@@ -206,10 +224,3 @@ def _value(graph: Graph, name: str) -> Any:
     full = graph.resolve(name)
     tensor = graph.inserted[full]() if full in graph.inserted else graph.values[full]
     return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def position_limit(graph: Graph) -> int:
-    """How many positions the model has; 0 if it has no limit."""
-    config: Any = graph.config.get_text_config()
-    found = getattr(config, "max_position_embeddings", None)
-    return found if isinstance(found, int) else 0
