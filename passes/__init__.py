@@ -15,6 +15,7 @@ PASSES = {
     "vera": "surgeon.passes.vera:Vera",
     "prompt": "surgeon.passes.prompt:Prompt",
     "prefix": "surgeon.passes.prefix:Prefix",
+    "ptuning_v2": "surgeon.passes.ptuning_v2:PTuningV2",
     "kv_cache": "surgeon.passes.kv_cache:KvCache",
 }
 # PEFT's name of a method → ours.
@@ -28,11 +29,12 @@ PEFT_TYPES = {
 
 
 def find(name: str) -> type[Pass]:
-    """The pass of this name.
+    """The pass of this name, in which hyphens may stand for underscores.
 
     Raises:
         UsageError: there is none; the nearest names are suggested.
     """
+    name = name.replace("-", "_")
     if name not in PASSES:
         raise UsageError(f"unknown method '{name}'", "--method", f"nearest: {nearest(name, PASSES)}")
     module, _, attribute = PASSES[name].partition(":")

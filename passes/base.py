@@ -102,6 +102,10 @@ class Pass:
         """
         return {}
 
+    def virtual_outputs(self, graph: Graph) -> int:
+        """How many positions of virtual tokens the outputs begin with."""
+        return 0
+
     def cost(self, site: Site) -> Cost:
         """What it adds at one site; asked of the pass as `prepare` and `at` leave it."""
         return Cost()
@@ -199,9 +203,9 @@ class Adapter(Pass):
         """The adapter with these modules among `modules_to_save`, but for those that train already."""
         from surgeon.replaced import inside
 
-        trains = tuple(graph.trainable())
-        new = [m for m in modules if not inside(self.modules_to_save, m) and not any(t.startswith(m) for t in trains)]
-        return dataclasses.replace(self, modules_to_save=",".join(filter(None, [self.modules_to_save, *new])))
+        trains, own = tuple(graph.trainable()), self.modules_to_save
+        new = [m for m in modules if not inside(own, m) and not any(name.startswith(f"{m}.") for name in trains)]
+        return dataclasses.replace(self, modules_to_save=",".join(dict.fromkeys([*filter(None, [own]), *new])))
 
     def unfit(self, site: Site) -> str:
         """Why this site cannot be adapted, or ""."""

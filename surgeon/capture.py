@@ -32,7 +32,9 @@ from surgeon.tasks import TASKS, Task, find_task
 from surgeon.tracing import literals, quiet, silence_noise
 
 assert ops  # registers the operators
-_BATCH = 2
+_BATCH, _CHOICES = 2, 3
+# Their code for multiple choice takes positions and does not flatten them, as it does all else.
+_COUNT_THEMSELVES = ("distilbert",)
 # Models that work in chunks of tokens need more than one chunk before their arithmetic shows for any length.
 _LENGTHS = (5, 67, 1031)
 
@@ -136,13 +138,17 @@ def _traced(
 
 
 def example_inputs(model: nn.Module, task: Task, length: int = _LENGTHS[0]) -> dict[str, torch.Tensor]:
-    """Meta inputs of two rows of `length` tokens for every tensor input surgeon feeds; encoders get two tokens more."""
+    """Meta inputs of two rows of `length` tokens for every tensor input surgeon feeds; encoders get two tokens more.
+
+    Multiple choice has rows of three choices, `[2, 3, length]`.
+    """
     accepted = inspect.signature(model.forward).parameters
     # Classifiers make the decoder's ids themselves, from the encoder's.
     seq2seq = bool(getattr(model.config, "is_encoder_decoder", False)) and "classification" not in task.name
 
     def ids(columns: int) -> torch.Tensor:
-        return torch.zeros(_BATCH, columns, dtype=torch.long, device="meta")
+        shape = (_BATCH, _CHOICES, columns) if task.name == "multiple-choice" else (_BATCH, columns)
+        return torch.zeros(shape, dtype=torch.long, device="meta")
 
     inputs = {"input_ids": ids(length + 2 if seq2seq else length)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -153,7 +159,8 @@ def example_inputs(model: nn.Module, task: Task, length: int = _LENGTHS[0]) -> d
     else:
         for name in ("position_ids", "token_type_ids"):
             typed = bool(getattr(model.config, "type_vocab_size", None))
-            if name in accepted and (name == "position_ids" or typed):
+            counts = task.name == "multiple-choice" and model.config.model_type in _COUNT_THEMSELVES
+            if name in accepted and (typed if name == "token_type_ids" else not counts):
                 inputs[name] = ids(length)
     return {name: value for name, value in inputs.items() if name in accepted}
 
@@ -173,7 +180,7 @@ def _export(model: transformers.PreTrainedModel, task: Task, way: _Way, share: b
     model.__dict__["forward"] = traced
     parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in inputs]
     traced.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    dynamic = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in inputs}
+    dynamic = {name: dict.fromkeys(range(x.dim()), torch.export.Dim.DYNAMIC) for name, x in inputs.items()}
     tracer = LayerTracer(model, share=share, private=private)
     with interface.recording() as record, tracer, torch.no_grad(), literals():
         program = torch.export.export(model, (), inputs, dynamic_shapes=dynamic, strict=False)
