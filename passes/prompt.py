@@ -99,6 +99,11 @@ class Prompt(Adapter):
         """The rows, of each side asked for."""
         return dict.fromkeys(self._inputs(graph), self.tokens)
 
+    def virtual_outputs(self, graph: Graph) -> int:
+        """The rows of the side that the outputs are of, in PEFT's layout."""
+        side = "decoder_input_ids" if "decoder_input_ids" in graph.inputs else "input_ids"
+        return self.virtual_tokens(graph).get(side, 0) if self.layout == PEFT else 0
+
     def cost(self, site: Site) -> Cost:
         """tokens · h parameters."""
         count = self.tokens * site.out

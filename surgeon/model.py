@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
-from surgeon import module
+from surgeon import module, numbering, virtual
 from surgeon.errors import UnsupportedError, UsageError, nearest
 from surgeon.graph import Graph
 from surgeon.head import find_head
@@ -64,11 +64,12 @@ class SurgeonModel(module.GraphModule):
     def forward(self, labels: torch.Tensor | None = None, **inputs: Any) -> Output:  # type: ignore[override]
         """The model on tensors by name; with `labels` the loss of the task.
 
-        Missing masks are all ones, missing positions count from 0, missing decoder inputs are the labels shifted
-        right. For causal models labels are shifted inside, and the logits `[b, t, vocab]` are never held for the loss.
+        Missing masks are all ones, missing positions those of `surgeon.numbering`, missing decoder inputs the labels
+        shifted right. Labels are for the tokens, whatever the outputs have before theirs. For causal models they are
+        shifted inside, and the logits `[b, t, vocab]` are never held for the loss.
 
         Raises:
-            UsageError: an input the model does not have, or none of those it needs.
+            UsageError: an input the model does not have, none of those it needs, or positions virtual tokens shift.
         """
         count = inputs.pop("num_items_in_batch", None)
         known = {name: value for name, value in inputs.items() if value is not None and name not in _IGNORED}
@@ -76,6 +77,7 @@ class SurgeonModel(module.GraphModule):
             name: known.pop(name) for name in ("start_positions", "end_positions") if name in known
         }
         given = self._filled(known, labels)
+        labels, spans = virtual.moved(self.graph, labels, spans)
         if labels is None and not spans:
             return Output(**dict(zip(self.graph.outputs, self.run(self.graph.trunk, *given), strict=True)))
         if self.graph.task in ("causal-lm", "seq2seq-lm"):
@@ -126,7 +128,15 @@ class SurgeonModel(module.GraphModule):
                 given[name] = self._default(name, given)
             elif name == "position_ids":
                 given[name] = given[name].expand(given["input_ids"].shape[0], -1)
+                self._check_positions(given[name], given)
         return [given[name] for name in names]
+
+    def _check_positions(self, positions: torch.Tensor, given: Mapping[str, Any]) -> None:
+        if virtual.count(self.graph) and not torch.equal(positions, self._default("position_ids", given)):
+            raise UsageError(
+                "these positions do not count on from the virtual tokens in front of the text", "position_ids",
+                "leave them out; texts packed into one row need a row each",
+            )  # fmt: skip
 
     def _default(self, name: str, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
         ids = given.get("decoder_input_ids" if name.startswith("decoder_") else "input_ids")
@@ -135,7 +145,8 @@ class SurgeonModel(module.GraphModule):
         if name.endswith("attention_mask"):
             return torch.ones_like(ids)
         if name == "position_ids":
-            return torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
+            mask = given.get("attention_mask", torch.ones_like(ids))
+            return numbering.default(self.graph, mask, ids, virtual=virtual.count(self.graph))
         if name == "token_type_ids":
             return torch.zeros_like(ids)
         raise UsageError(f"the input '{name}' is missing", ", ".join(self.graph.inputs), f"give {name}")

@@ -61,6 +61,16 @@ def in_front(mask: torch.Tensor, count: int, value: int = 1) -> torch.Tensor:
     return torch.nn.functional.pad(mask, (count, 0), value=value) if count else mask
 
 
+def moved(
+    graph: Graph, labels: torch.Tensor | None, spans: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+    """Labels `[b, t]` and positions of answers for outputs that begin with virtual tokens (no label: -100)."""
+    leading = sum(step.virtual_outputs(graph) for step in graph.applied)
+    if labels is not None and graph.task in ("causal-lm", "seq2seq-lm", "token-classification"):
+        labels = in_front(labels, leading, -100)
+    return labels, {name: position + leading for name, position in spans.items()}
+
+
 def token_embedding(graph: Graph, name: str) -> Site | None:
     """The embedding of the tokens in one input of the model, or None if the trunk looks none up."""
     nodes = {node.name: node for node in graph.trunk.nodes}
@@ -87,8 +97,9 @@ def prepend(edit: Edit, rows: fx.Node, count: int, *, whole: bool = False) -> No
     _check_lookups(graph, parts)
     cuts = _cuts(graph, parts)
     _embed(edit, rows)
+    last = parts.ids.meta["val"].dim() - 1
     for size in list(parts.ids.users):
-        if size.target is aten.sym_size.int and size.args[1] == 1:
+        if size.target is aten.sym_size.int and size.args[1] == last:
             longer = Edit.of_input(graph, owner, size)
             longer.replace(longer.call(operator.add, size, count), keep=_others(size, parts))
     for node in inputs_of(graph.trunk):
@@ -160,7 +171,7 @@ def _is_site(node: fx.Node, parts: Parts) -> bool:
 
 def _cuts(graph: Graph, parts: Parts) -> list[tuple[fx.Node, int]]:
     """What leaves the longer part with its virtual tokens, and along which axis they are."""
-    length = lengths.symbol(parts.ids.meta["val"].shape[1])
+    length = lengths.symbol(parts.ids.meta["val"].shape[-1])
     leaving = [node for node in parts.inside if any(u not in parts.inside | parts.before for u in node.users)]
     leaving = [node for node in sorted(leaving) if node.op == "call_function"]
     return [(node, axis) for node in leaving for axis in lengths.axes(node, length)]
@@ -193,14 +204,15 @@ def _lead(edit: Edit, node: fx.Node, count: int, parts: Parts) -> None:
     kind, keep = str(node.target).removeprefix("decoder_"), _others(node, parts)
     if kind not in (_MASK, _POSITIONS, _TYPES):
         return
-    batch = edit.call(aten.sym_size.int, node, 0)
+    last = node.meta["val"].dim() - 1
+    sizes = [edit.call(aten.sym_size.int, node, axis) for axis in range(last)]
     fill = aten.new_zeros.default if kind == _TYPES else aten.new_ones.default
-    front, rest = edit.call(fill, node, [batch, count]), node
+    front, rest = edit.call(fill, node, [*sizes, count]), node
     if kind == _POSITIONS:
         first = numbering.first(edit.graph)
-        front = edit.call(aten.add.Tensor, edit.call(aten.cumsum.default, front, 1), first - 1)
+        front = edit.call(aten.add.Tensor, edit.call(aten.cumsum.default, front, last), first - 1)
         rest = edit.call(aten.add.Tensor, node, count)
-    edit.replace(edit.call(aten.cat.default, [front, rest], 1), keep=keep)
+    edit.replace(edit.call(aten.cat.default, [front, rest], last), keep=keep)
 
 
 def embedded(graph: Graph, site: Site, ids: torch.Tensor) -> torch.Tensor:
