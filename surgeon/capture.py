@@ -159,7 +159,7 @@ def example_inputs(model: nn.Module, task: Task, length: int = _LENGTHS[0]) -> d
     else:
         for name in ("position_ids", "token_type_ids"):
             typed = bool(getattr(model.config, "type_vocab_size", None))
-            counts = task.name == "multiple-choice" and model.config.model_type in _COUNT_THEMSELVES
+            counts = task.name == "multiple-choice" and getattr(model.config, "model_type", "") in _COUNT_THEMSELVES
             if name in accepted and (typed if name == "token_type_ids" else not counts):
                 inputs[name] = ids(length)
     return {name: value for name, value in inputs.items() if name in accepted}
