@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 BOTH, PREFILL, STEP = "both", "prefill", "step"
 _INSTEAD = "generate without a cache: use_cache=False"
 _MASKS = ("attention_mask", "decoder_attention_mask")
+_TEXT = ("input_ids", "decoder_input_ids")
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,9 @@ def _is_cross(node: fx.Node) -> bool:
 
 
 def _biased(node: fx.Node) -> bool:
-    return len(node.args) > 4 and node.args[4] is not None
+    from surgeon.sites import has_argument
+
+    return has_argument(node, 4)
 
 
 def _is_borrowed(edit: Edit) -> bool:
@@ -245,9 +248,23 @@ def _lengthen_masks(edit: Edit) -> None:
     length = lengths.length_of(edit.graph)
     for position in (3, 4):
         mask = edit.argument(position) if edit.has(position) else None
-        if mask is not None and mask.op != "placeholder" and lengths.axes(mask, length):
+        if mask is not None and mask.op != "placeholder" and lengths.grows(mask, length):
+            _check_text(edit, mask)
             whole = lengths.extended(edit, mask, length, rows=position == 4)
             mask.replace_all_uses_with(whole, delete_user_cb=lambda user, whole=whole: user is not whole)
+
+
+def _check_text(edit: Edit, mask: fx.Node) -> None:
+    """Raise UnsupportedError for a bias that is computed from the text's own states: those of old tokens are gone."""
+    from surgeon import lengths, wiring
+
+    inner = set(lengths.ancestors([mask]))
+    for call in (call for path in edit.paths if path for call in wiring.calls_of(edit.graph.trunk, path)):
+        for node, given in lengths.fed(edit.part, call):
+            origins = lengths.ancestors([given]) if node in inner else []
+            if any(origin.op == "call_module" or str(origin.target) in _TEXT for origin in origins):
+                what = f"kv_cache: the attention's bias in {edit.graph.config.model_type} is computed from the text"
+                raise UnsupportedError(what, edit.site.path, _INSTEAD)
 
 
 def _shift_positions(edit: Edit) -> None:

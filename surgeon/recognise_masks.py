@@ -14,8 +14,8 @@ import torch
 from torch import fx
 
 from surgeon import ops
-from surgeon.graph import Graph
-from surgeon.recognise_scores import HIDES, Condition, Term
+from surgeon.graph import Graph, val
+from surgeon.recognise_scores import HIDES, ROW_MAJOR, Condition, Term
 from surgeon.recognise_values import KINDS, Impure, Sizes, Values
 
 ValuesOf = Callable[[Sizes], Values]
@@ -136,8 +136,14 @@ def _guesses(graph: Graph, cases: list[tuple[Values, torch.Tensor]]) -> list[Pat
     causal = square and full.shape[1] > 1 and not bool(full.triu(1).any())
     counted = int(full[-1].sum())
     window = counted if causal and counted < full.shape[1] else 0
-    inputs: list[fx.Node | None] = [node for node in graph.trunk.nodes if str(node.target).endswith("attention_mask")]
-    return [Pattern(causal, window, mask) for mask in (None, *inputs)]
+    return [Pattern(causal, window, mask) for mask in (None, *_masks(graph))]
+
+
+def _masks(graph: Graph) -> list[fx.Node]:
+    """The key masks `[b, s]`: inputs of the model, or those of multiple choice with one row for each choice."""
+    inputs = [node for node in graph.trunk.nodes if str(node.target).endswith("attention_mask")]
+    flat = [user for node in inputs for user in node.users if user.target in ROW_MAJOR and val(user).dim() == 2]
+    return [node for node in (*inputs, *flat) if val(node).dim() == 2]
 
 
 def _agrees(pattern: Pattern, values: Values, seen: torch.Tensor) -> bool:
@@ -152,15 +158,15 @@ def _agrees(pattern: Pattern, values: Values, seen: torch.Tensor) -> bool:
     if pattern.causal and queries == 1 < keys:
         return False
     said = ops.visible(mask, queries, keys, causal=pattern.causal, window=pattern.window, chunk=0, device=seen.device)
-    shape = (sizes.batch, queries, keys)
+    rows = token_rows(values, queries)
+    shape = (len(rows), queries, keys)
     ours = torch.ones(shape, dtype=torch.bool) if said is None else said[:, 0].expand(shape)
     theirs = seen.expand(shape)
-    rows = token_rows(values, queries)
     return torch.equal(ours[rows], theirs[rows])
 
 
 def token_rows(values: Values, queries: int) -> torch.Tensor:
     """Which queries `[b, t]` are tokens; all, where the queries have no mask of their own."""
-    masks = [value for node, value in values.sizes.masks(values.graph).items() if value.shape[1] == queries]
-    ones = torch.ones(values.sizes.batch, queries, dtype=torch.bool)
-    return masks[0].bool() if masks else ones
+    masks = [value.flatten(0, -2) for value in values.sizes.masks(values.graph).values()]
+    fitting = [mask.bool() for mask in masks if mask.shape[1] == queries]
+    return fitting[0] if fitting else torch.ones(len(masks[0]) if masks else 1, queries, dtype=torch.bool)

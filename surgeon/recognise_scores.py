@@ -161,7 +161,7 @@ def _heads(product: fx.Node) -> int:
         raise NotRecognised(f"scores with {len(shape)} axes")
     if len(shape) == 3:
         heads, rest = expression(shape[0]).as_coeff_Mul()
-        if not rest.is_Symbol:
+        if not rest.free_symbols:
             raise NotRecognised(f"scores of shape {tuple(shape)}, whose heads are not known")
         return int(heads)
     if not isinstance(shape[1], int):

@@ -23,6 +23,7 @@ assert ops  # registers the operators
 Buffers = Callable[[str], torch.Tensor | None]
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _DROPPING = (_SDPA, torch.ops.surgeon.attention.default)
+_CHOICES = 2
 KINDS = ("ones", "left", "right", "holes")
 
 
@@ -40,7 +41,7 @@ class Sizes:
     """Numbers for the symbols of a trace, and key masks of that size.
 
     Attributes:
-        batch: rows.
+        batch: rows; of two choices each for multiple choice.
         length: tokens; of the decoder in an encoder-decoder model.
         source: tokens of the encoder.
         kind: how the masks are padded, one of `KINDS`.
@@ -55,8 +56,9 @@ class Sizes:
         """Every symbolic size of the model's inputs → its number."""
         found: dict[sympy.Expr, sympy.Integer] = {}
         for node in sorted(inputs_of(graph.trunk), key=lambda n: not str(n.target).endswith("input_ids")):
-            numbers = (self.batch, self._length(graph, node))
-            for size, number in zip(node.meta["val"].shape, numbers, strict=False):
+            shape = node.meta["val"].shape
+            numbers = (self.batch, *[_CHOICES] * (len(shape) - 2), self._length(graph, node))
+            for size, number in zip(shape, numbers, strict=True):
                 found.setdefault(expression(size), sympy.Integer(number))
         return found
 
@@ -67,12 +69,13 @@ class Sizes:
     def masks(self, graph: Graph) -> dict[fx.Node, torch.Tensor]:
         """A mask for every key mask among the model's inputs; every row has a token."""
         masks = [node for node in inputs_of(graph.trunk) if str(node.target).endswith("attention_mask")]
-        return {node: self._mask(self._length(graph, node)) for node in masks}
+        return {node: self._mask(len(node.meta["val"].shape), self._length(graph, node)) for node in masks}
 
-    def _mask(self, length: int) -> torch.Tensor:
-        mask = torch.ones(self.batch, length, dtype=torch.int64)
+    def _mask(self, rank: int, length: int) -> torch.Tensor:
+        rows = self.batch * _CHOICES ** (rank - 2)
+        mask = torch.ones(rows, length, dtype=torch.int64)
         most = max(length - 1, 0)
-        for row in range(self.batch):
+        for row in range(rows):
             hidden = min(most, 2 * row + 1) if self.kind in ("left", "right") else 0
             if self.kind == "left":
                 mask[row, :hidden] = 0
@@ -80,7 +83,7 @@ class Sizes:
                 mask[row, length - hidden :] = 0
             elif self.kind == "holes":
                 mask[row, row % 2 : most : 3] = 0
-        return mask
+        return mask.reshape(self.batch, *[_CHOICES] * (rank - 2), length)
 
 
 @dataclass

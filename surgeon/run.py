@@ -108,12 +108,15 @@ def without_values(graph: Graph) -> Graph:
 
 
 def require_node(graph: Graph, kind: str, method: str) -> None:
-    """Raise UnsupportedError unless the graph has a site of this kind."""
+    """Raise UnsupportedError unless the graph has a site of this kind; it says why not, and what works without."""
+    from surgeon.passes import PASSES, find
     from surgeon.sites import sites
 
     if not sites(graph, kind):
+        others = [name for name in PASSES if kind not in find(name).kinds]
+        why = [note for note in graph.notes if note.startswith(f"{kind} captured")]
         raise UnsupportedError(
             f"{method} needs an {kind} node, and {graph.config.model_type} was captured without one",
-            "; ".join(graph.notes) or graph.source,
-            "the low-rank methods work on every architecture: lora, vera",
+            "; ".join(why or graph.notes) or graph.source,
+            f"methods that need none: {', '.join(others)}",
         )
