@@ -7,6 +7,7 @@ Each optimiser step draws a rank b, the same for all layers, and trains what a L
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,6 +76,12 @@ class DyLora(Lora):
     def shared_cost(self) -> Cost:
         """The one vector `active`."""
         return Cost(frozen=self.rank)
+
+    def finish(self, graph: Graph, owner: str) -> None:
+        """As for every adapter; `active` is known without being stored."""
+        super().finish(graph, owner)
+        name = f"{owner}.{ACTIVE}"
+        graph.tensors[name] = dataclasses.replace(graph.tensors[name], persistent=False)
 
     def normal(self, params: Mapping[str, torch.Tensor], site: Site, base: Base) -> Normal:
         """The LoRA of the active rank."""
