@@ -30,6 +30,7 @@ COMMANDS: dict[str, str] = {
     "chat": "surgeon.cli.chat",
     "merge": "surgeon.cli.merge",
     "export": "surgeon.cli.export",
+    "convert": "surgeon.cli.convert",
     "verify": "surgeon.cli.verify",
     "show": "surgeon.cli.show",
     "passes": "surgeon.cli.passes",
@@ -37,7 +38,7 @@ COMMANDS: dict[str, str] = {
 }
 
 # Commands that open models, whose checkpoints may bring code of their own.
-OPENING = ("plan", "apply", "train", "eval", "generate", "chat", "merge", "export", "verify", "show")
+OPENING = ("plan", "apply", "train", "eval", "generate", "chat", "merge", "export", "convert", "verify", "show")
 TRUST = typer.Option(FLAG, help="Run the Python code that the checkpoint brings along.", show_default=False)
 
 INTERRUPTED = 130  # 128 + SIGINT, what shells report
