@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from surgeon.edit import generator_of
 from surgeon.errors import UsageError
 from surgeon.graph import Graph
+from surgeon.initial import generator_of
 from surgeon.sites import Site
 from surgeon.virtual import embedded
 

@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 from surgeon import ops
 from surgeon.edit import Edit
 from surgeon.graph import Graph, path_of, tag
-from surgeon.wiring import inputs_of
+from surgeon.wiring import inputs_of, output_of
 
 aten = torch.ops.aten
 assert ops  # registers the attention operator
@@ -134,7 +134,7 @@ def extended(edit: Edit, root: fx.Node, length: str, *, rows: bool) -> fx.Node:
     edit.write_after(root)
     with _lengthened(edit, chain, length):
         for node in chain:
-            total = {n: _resized(edit, n, length) for n in node.all_input_nodes if _is_sized(n, length)}
+            total = {n: _resized(edit, n, length) for n in node.all_input_nodes if is_sized(n, length)}
             if total or any(source in copies for source in node.all_input_nodes):
                 copies[node] = edit.copy(node, {**copies, **total})
     result = copies.get(root, root)
@@ -154,7 +154,7 @@ def _mentions(size: Any, length: str) -> bool:
     return isinstance(size, torch.SymInt) and length in {str(symbol) for symbol in size.node.expr.free_symbols}
 
 
-def _is_sized(node: fx.Node, length: str) -> bool:
+def is_sized(node: fx.Node, length: str) -> bool:
     """Whether a node is a number that depends on t."""
     return _mentions(node.meta.get("val"), length)
 
@@ -163,7 +163,7 @@ def _resized(edit: Edit, number: fx.Node, length: str) -> fx.Node:
     """A number computed from t, computed from the number of all tokens."""
     if is_length(number, length):
         return sizes(edit)[1]
-    return edit.copy(number, {n: _resized(edit, n, length) for n in number.all_input_nodes if _is_sized(n, length)})
+    return edit.copy(number, {n: _resized(edit, n, length) for n in number.all_input_nodes if is_sized(n, length)})
 
 
 @contextlib.contextmanager
@@ -213,10 +213,19 @@ def _revalue(nodes: Iterable[fx.Node], changed: set[fx.Node]) -> set[fx.Node]:
     return changed
 
 
+def live(part: fx.Graph) -> list[fx.Node]:
+    """The nodes that the output needs; what passes have replaced stays in a graph, to be had back."""
+    needed = {output_of(part)}
+    for node in reversed(part.nodes):
+        if node in needed or (node.op == "call_function" and node.is_impure()):
+            needed.update((node, *node.all_input_nodes))
+    return [node for node in part.nodes if node in needed]
+
+
 def positions(part: fx.Graph, length: str) -> list[fx.Node]:
     """The `arange(t)` that number the new tokens: all but those that masks and biases are computed from."""
     hidden = set(ancestors(masks_of(part)))
-    return [node for node in part.nodes if node.target in _ARANGES and node not in hidden and axes(node, length) == [0]]
+    return [node for node in live(part) if node.target in _ARANGES and node not in hidden and axes(node, length) == [0]]
 
 
 def mixing(graph: Graph) -> str:
@@ -229,7 +238,7 @@ def mixing(graph: Graph) -> str:
     length = length_of(graph)
     for part, prefixes in graph.parts():
         hidden = set(ancestors([*masks_of(part), *_trunk_masks(graph, part)]))
-        for node in part.nodes:
+        for node in live(part):
             if node not in hidden and tag(node) is None and _mixes(node, length):
                 return f"{prefixes[0]}{path_of(node)} ({node.target})"
     return ""

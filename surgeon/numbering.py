@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from surgeon.graph import Graph
+from surgeon.graph import Graph, tag
 from surgeon.wiring import inputs_of
 
 aten = torch.ops.aten
@@ -38,10 +38,14 @@ def default(graph: Graph, mask: torch.Tensor, ids: torch.Tensor | None = None, *
 
 def first(graph: Graph) -> int:
     """The position of the first token: the row after the padding's in a table of positions, else 0."""
-    for node in inputs_of(graph.trunk):
-        if node.target == INPUT:
-            rows = [_padding_row(user) for user in node.users]
-            return max((row + 1 for row in rows if row is not None), default=0)
+    queue = [node for node in inputs_of(graph.trunk) if node.target == INPUT]
+    while queue:
+        for user in queue.pop().users:
+            row = _padding_row(user)
+            if row is not None:
+                return row + 1
+            if tag(user) is not None:
+                queue.append(user)
     return 0
 
 

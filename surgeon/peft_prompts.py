@@ -19,7 +19,7 @@ from surgeon.fold import Fold
 from surgeon.graph import Graph
 from surgeon.normal import Columns
 from surgeon.peft_values import check_shape, put
-from surgeon.sites import ATTENTION, EMBEDDING, sites
+from surgeon.sites import ATTENTION, EMBEDDING, argument_of, has_argument, sites
 
 KEY = "prompt_embeddings"
 
@@ -45,6 +45,8 @@ def unfit(graph: Graph, found: Sequence[Fold]) -> str:
     hides = any(node.kwargs.get("window") or node.kwargs.get("chunk") for node in nodes.values())
     if hides and not all(column.windowed for column in columns):
         return "a sliding window hides its columns"
+    if any(_has_bias(node) for node in nodes.values()) and not getattr(found[0].step, "biased", True):
+        return "its position biases see columns as tokens before the text"
     if {item.site.path for item in found} != nodes.keys():
         return "its columns are at every self-attention, of the decoder if there is one"
     return ""
@@ -124,6 +126,11 @@ def _self_attentions(graph: Graph) -> dict[str, fx.Node]:
 def _set(graph: Graph, item: Fold, form: Columns | torch.Tensor, where: Path) -> None:
     for name, value in item.step.params(form, item.site).items():
         put(graph, item.site.tensor(item.owner, name), value, KEY, where)
+
+
+def _has_bias(node: fx.Node) -> bool:
+    """Whether an attention adds to its scores by position."""
+    return has_argument(node, 4) and argument_of(node, 4).meta["val"].is_floating_point()
 
 
 def _twofold(graph: Graph) -> bool:

@@ -42,6 +42,15 @@ class Source:
     task: Task
     labels: tuple[str, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """What others know it by: the hub id of a downloaded model, else its folder's name, without the path to it."""
+        folder = self.folder.absolute()
+        repository = folder.parent.parent.name
+        if folder.parent.name == "snapshots" and repository.startswith("models--"):
+            return repository.removeprefix("models--").replace("--", "/")
+        return folder.name
+
 
 def resolve(name: str | Path, *, weights: bool = True) -> Path:
     """The local folder of a path or of a hub id, downloading the latter's config, tokenizer and safetensors.

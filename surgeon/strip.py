@@ -7,7 +7,7 @@ from torch import fx
 from surgeon import wiring
 from surgeon.graph import Graph, Tag, copied, structure, sweep, tag
 from surgeon.run import owners
-from surgeon.sites import source_of
+from surgeon.sites import GIVEN, source_of
 
 
 def without(graph: Graph, gone: set[str]) -> Graph:
@@ -45,6 +45,7 @@ def _stripped(part: fx.Graph, gone: set[str]) -> fx.Graph:
     fresh, _ = copied(part)
     names = {node.name: node for node in fresh.nodes}
     for node in list(fresh.nodes):
+        _ungive(node, gone)
         mark = tag(node)
         if mark and mark.output and mark.owner in gone:
             node.replace_all_uses_with(_below(fresh, names[mark.site], node, gone))
@@ -52,6 +53,21 @@ def _stripped(part: fx.Graph, gone: set[str]) -> fx.Graph:
             node.replace_all_uses_with(source_of(node))
     sweep(fresh)
     return fresh
+
+
+def _ungive(node: fx.Node, gone: set[str]) -> None:
+    """What passes gave a node besides what they feed it, taken back."""
+    given = node.meta.get(GIVEN, ())
+    for owner, key, undo in given:
+        if owner not in gone:
+            continue
+        if isinstance(key, int):
+            node.args = node.args[:undo]
+        else:
+            rest = {k: v - undo if k == key else v for k, v in node.kwargs.items()}
+            node.kwargs = {k: v for k, v in rest.items() if k != key or v}
+    if given:
+        node.meta[GIVEN] = tuple(one for one in given if one[0] not in gone)
 
 
 def _below(part: fx.Graph, base: fx.Node, output: fx.Node, gone: set[str]) -> fx.Node:

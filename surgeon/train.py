@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,10 +83,8 @@ def train(
     done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     _set_checkpointing(model, recipe.gradient_checkpointing)
     began = time.perf_counter()
-    config: Any = model.config
-    use_cache = getattr(config, "use_cache", None)
     log, bar = LossLog(out / "loss.jsonl", done), ProgressBar(run["total_steps"], done, progress)
-    try:
+    with _left_as_it_was(model, hooks, bar):
         trainer = SurgeonTrainer(
             model=model,
             args=_arguments(recipe, out, run["total_steps"], model, held_out is not None),
@@ -102,6 +101,18 @@ def train(
             trainer.load_finished(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    plot = out / "loss.png"
+    plot_log(log.path, plot, f"{run['total_steps']} steps, {trainable:,} trained parameters")
+    return _report(trainer, log, plot, trainable, samples.summary(), time.perf_counter() - began, done)
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module, hooks: Sequence[Hook], bar: ProgressBar) -> Iterator[None]:
+    """Whatever happens within, afterwards the hooks are told, and the model has its own settings and no gradients."""
+    config: Any = model.config
+    use_cache = getattr(config, "use_cache", None)
+    try:
+        yield
     finally:
         bar.close()
         if use_cache is not None:
@@ -109,9 +120,6 @@ def train(
         for hook in hooks:
             hook.finish(model)
         model.zero_grad(set_to_none=True)
-    plot = out / "loss.png"
-    plot_log(log.path, plot, f"{run['total_steps']} steps, {trainable:,} trained parameters")
-    return _report(trainer, log, plot, trainable, samples.summary(), time.perf_counter() - began, done)
 
 
 def learning_rate(model: nn.Module) -> float:

@@ -7,9 +7,10 @@ import torch
 
 from benchmarks.zoo.graphs import graph_of, inputs_of
 from surgeon import spec
-from surgeon.edit import Edit, Initial
+from surgeon.edit import Edit
 from surgeon.errors import UnsupportedError
 from surgeon.graph import Graph, copied, path_of, tag
+from surgeon.initial import Initial
 from surgeon.module import load
 from surgeon.sites import ATTENTION, Site, sites
 

@@ -42,6 +42,8 @@ def test_a_hub_id_is_its_snapshot_in_the_cache(cache: Path) -> None:
     assert resolve(ID) == snapshot
     source = open_source(ID)
     assert source.folder == snapshot
+    assert source.name == ID
+    assert open_source(folder_of("llama")).name == "llama"
     assert source.checkpoint.fingerprint() == open_source(folder_of("llama")).checkpoint.fingerprint()
 
 

@@ -97,7 +97,7 @@ def merge(
             measured.append(_verified(graph, source, candidate, merged_source, dtype, tokenizer))
             measured[0].require(str(out))
         manifest = {
-            "base": str(source.folder),
+            "base": source.name,
             "base_fingerprint": source.checkpoint.fingerprint(),
             "passes": [{"name": step.name, "options": step.options()} for step in graph.applied],
             "rest": {"folder": rest.FOLDER, "adapters": left} if left else None,

@@ -35,7 +35,10 @@ def test_merge_and_verify(work: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     found = printed(capsys)
     assert {"max_error", "bound", "token_agreement", "seconds", "peak_rss_bytes"} <= set(found)
     assert 0 < found["max_error"] <= found["bound"]
-    assert json.loads((out / "surgeon.json").read_text())["verified"]["max_error"] == found["max_error"]
+    manifest = json.loads((out / "surgeon.json").read_text())
+    assert manifest["verified"]["max_error"] == found["max_error"]
+    assert manifest["base"] == "llama"
+    assert str(folder_of("llama").parent) not in (out / "surgeon.json").read_text()
     assert main(["verify", str(work), str(out), "--json"]) == 0
     found = printed(capsys)
     assert found["ok"]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from surgeon import run, store
 from surgeon.cli.main import main
@@ -31,15 +30,10 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("show")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "base")
-    base = open_graph(open_source(folder / "base"))
+    base = open_graph(open_source(tiny_llama))
     graph = run.apply(base, Lora(rank=4), Vera(rank=8, targets="up_proj"))
     for name, read in list(graph.inserted.items()):
         if name.endswith(("lora.b", "vera.b")):
@@ -124,8 +118,8 @@ def test_the_page_is_whole_and_loads_nothing(work: Path, tmp_path: Path, capsys:
         assert path in html
 
 
-def test_a_plain_checkpoint_has_nothing_to_show(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["show", str(work.parent / "base")]) == 2
+def test_a_plain_checkpoint_has_nothing_to_show(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(tiny_llama)]) == 2
     assert "no method is applied" in capsys.readouterr().err
 
 
