@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
-from surgeon import module, numbering, virtual
+from surgeon import module, numbering, positions, virtual
 from surgeon.errors import UnsupportedError, UsageError, nearest
 from surgeon.graph import Graph
 from surgeon.head import find_head
@@ -123,6 +123,9 @@ class SurgeonModel(module.GraphModule):
             )
         if "decoder_input_ids" in names and "decoder_input_ids" not in given and labels is not None:
             given["decoder_input_ids"] = shifted_right(labels, self.config)
+        ids = given.get("decoder_input_ids", given.get("input_ids"))
+        if ids is not None:
+            positions.check(self.graph, ids.shape[-1], given.get("position_ids"))
         for name in names:
             if name not in given:
                 given[name] = self._default(name, given)
@@ -131,8 +134,8 @@ class SurgeonModel(module.GraphModule):
                 self._check_positions(given[name], given)
         return [given[name] for name in names]
 
-    def _check_positions(self, positions: torch.Tensor, given: Mapping[str, Any]) -> None:
-        if virtual.count(self.graph) and not torch.equal(positions, self._default("position_ids", given)):
+    def _check_positions(self, chosen: torch.Tensor, given: Mapping[str, Any]) -> None:
+        if virtual.count(self.graph) and not torch.equal(chosen, self._default("position_ids", given)):
             raise UsageError(
                 "these positions do not count on from the virtual tokens in front of the text", "position_ids",
                 "leave them out; texts packed into one row need a row each",
