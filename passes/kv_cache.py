@@ -296,7 +296,7 @@ def _lengthen_trunk(edit: Edit) -> None:
         masks = set(lengths.ancestors(lengths.masks_of(layer, cross=False)))
         biases = {argument_of(node, 4) for node in lengths.attentions(layer) if _biased(node)}
         for position, (inner, given) in enumerate(lengths.fed(layer, call)):
-            if inner not in masks or not lengths.axes(given, length) or lengths.comes_from_layer(given):
+            if inner not in masks or not lengths.grows(given, length) or lengths.comes_from_layer(given):
                 continue
             _check_origin(graph, given)
             key = (given, inner in biases)

@@ -166,9 +166,11 @@ def _bias(
     """The sum of the terms with the hidden keys at minus infinity; a boolean if there are conditions alone."""
     total: fx.Node | None = None
     for term in terms:
-        node = _four_axes(writer, place.held(term.node), term.rank, heads)
-        if term.factor != 1.0:
-            node = writer(aten.mul.Tensor, node, term.factor)
+        # What the trunk computes stays there: passes lengthen a bias where it is computed.
+        here = writer if term.node.graph is place.part else Writer(term.node.graph, term.node.next)
+        node = _four_axes(here, term.node, term.rank, heads)
+        node = node if term.factor == 1.0 else here(aten.mul.Tensor, node, term.factor)
+        node = place.held(_one_row(place, here, node))
         total = node if total is None else writer(aten.add.Tensor, total, node)
     shown: fx.Node | None = None
     for condition in conditions:
@@ -182,6 +184,16 @@ def _bias(
         return shown if total is None else total
     hidden = writer(aten.logical_not.default, shown)
     return writer(aten.masked_fill.Scalar, total, hidden, float("-inf"))
+
+
+def _one_row(place: Place, writer: Writer, node: fx.Node) -> fx.Node:
+    """A bias that is one row for all queries, whatever the formula of their number (a slice of a table, in MPT)."""
+    rows = val(node).shape[-2]
+    if not isinstance(rows, torch.SymInt) or rows.node.expr.is_Symbol:
+        return node
+    if any(place.values(Sizes(2, length, length)).number(rows) != 1 for length in (1, 2, 7, 40)):
+        return node
+    return writer(aten.unsqueeze.default, writer(aten.select.int, node, -2, 0), -2)
 
 
 def _four_axes(writer: Writer, node: fx.Node, rank: int, heads: int) -> fx.Node:
