@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from surgeon import run, store
 from surgeon.errors import UsageError
 from surgeon.fold import fold, folds
 from surgeon.graph import Graph
+from surgeon.lower.bake import Baked
+from surgeon.lower.bake import bake as bake_folder
 from surgeon.lower.merge import Merged
 from surgeon.lower.merge import merge as merge_folder
 from surgeon.model import SurgeonModel, load_model
@@ -163,6 +166,27 @@ def merge(
         tokenizer=tokenizer_of(source.folder),
         progress=progress,
     )
+
+
+def bake(
+    work: str | Path | SurgeonModel, out: str | Path, *, base: str | Path | None = None, overwrite: bool = False
+) -> Baked:
+    """Write the base of a prompt with the prompt's rows as new words of its vocabulary, and prove it.
+
+    What folds into weights is merged before.
+
+    Raises:
+        CheckFailed: what would be written does not compute what the prompted model computes.
+        UnsupportedError: what does not fold is not one prompt that words can stand for.
+    """
+    graph = work.trained() if isinstance(work, SurgeonModel) else read(work, base=base)
+    source = base_of(graph)
+    with tempfile.TemporaryDirectory(prefix=".bake-", dir=Path(out).absolute().parent) as place:
+        if folds(graph):
+            merge_folder(graph, source, Path(place, "merged"), tokenizer=tokenizer_of(source.folder))
+            graph = read(Path(place, "merged"))
+        tokenizer, name = tokenizer_of(source.folder), source.name
+        return bake_folder(graph, base_of(graph), out, tokenizer=tokenizer, base=name, overwrite=overwrite)
 
 
 def export(work: str | Path, out: str | Path, *, target: str = "onnx", **options: Any) -> Any:
