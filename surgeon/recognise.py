@@ -104,7 +104,7 @@ def _rewrite(place: Place) -> None:
             _replace(place, read(node))
         except (NotRecognised, RuntimeError, TypeError, ValueError, IndexError) as error:
             where = ".".join(filter(None, (place.paths[0], path_of(node))))
-            raise NotRecognised(f"{where}: {str(error).splitlines()[0]}") from None
+            raise NotRecognised(": ".join(filter(None, (where, *str(error).splitlines()[:1])))) from None
 
 
 def _replace(place: Place, attention: Attention) -> None:
