@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from surgeon import run, store
+from surgeon import fold, passes, run, store
 from surgeon.cli.main import main
 from surgeon.passes.lora import Lora
 from surgeon.passes.vera import Vera
@@ -116,6 +116,36 @@ def test_the_page_is_whole_and_loads_nothing(work: Path, tmp_path: Path, capsys:
     assert "&lt;" not in html.split("<h2>What changed")[0]
     for path in (PATH, "model.layers.0.mlp.up_proj", "README.md"):
         assert path in html
+
+
+@pytest.fixture(scope="module")
+def virtual(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = open_graph(open_source(tiny_llama))
+    graph = run.apply(base, passes.make("prompt", tokens=4), passes.make("prefix", tokens=3, hidden=5))
+    return store.save(graph, tmp_path_factory.mktemp("virtual") / "work")
+
+
+def test_virtual_tokens_have_sizes_and_lengths(
+    virtual: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    assert main(["show", str(virtual), "--html", str(page), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["sites"], found["site_count"]) == ([], 3)
+    rows, first, _ = found["virtual"]
+    assert (rows["path"], rows["tokens"], rows["shape"], rows["numbers"]) == ("model.embed_tokens", 4, [32], 128)
+    assert (first["method"], first["tokens"], first["shape"], first["numbers"]) == ("prefix", 3, [2, 8], 96)
+    graph = store.load(virtual)
+    lengths = graph.values["model.embed_tokens.weight"].norm(dim=1).mean()
+    assert rows["beside"] == pytest.approx(float(lengths), rel=1e-4)
+    column = fold.columns(graph)[0].columns()
+    assert first["norm"] == pytest.approx(float(column.k.transpose(0, 1).flatten(1).norm(dim=1).mean()), rel=1e-4)
+    assert main(["show", str(virtual)]) == 0
+    assert "3 × 2 × 8" in capsys.readouterr().err
+    html = page.read_text(encoding="utf-8")
+    assert "Virtual tokens" in html
+    assert "How far the weights moved" not in html
+    assert "model.layers.1.self_attn" in html
 
 
 def test_a_plain_checkpoint_has_nothing_to_show(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
