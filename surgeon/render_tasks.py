@@ -137,7 +137,7 @@ def choices_in(row: Row) -> tuple[str, list[str]]:
         raise _no_form(row, "`question` or `prompt` beside the choices")
     if "context" in values and asked != "context":
         return text_in(row, "context"), [f"{text_in(row, asked)} {choice}" for choice in choices]
-    if asked == "premise" and "question" in values:
+    if asked == "question" and "premise" in values:
         return f"{text_in(row, 'premise')} {text_in(row, 'question')}", choices
     return text_in(row, asked), choices
 

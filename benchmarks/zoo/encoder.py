@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import BertConfig, BertModel, BertTokenizer
+
+from benchmarks.zoo.build import randomise
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 WORDS = tuple(
@@ -25,9 +26,9 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 def save_encoder(folder: Path, positions: int = 64, **options: Any) -> Path:
     """Write a random BERT encoder and its tokenizer; digits are words and pieces of their own."""
     vocabulary = [*SPECIAL, *WORDS, *(str(n) for n in range(10)), *PIECES]
-    torch.manual_seed(1)
-    config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=positions, **(SIZES | options))
-    BertModel(config).save_pretrained(folder)
+    model = BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=positions, **(SIZES | options)))
+    randomise(model, seed=1)
+    model.save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
     BertTokenizer(str(folder / "vocab.txt"), model_max_length=positions).save_pretrained(folder)
     return folder
