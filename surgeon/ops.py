@@ -159,7 +159,7 @@ def attention(
     seen = visible(mask, queries, keys, causal=causal, window=window, chunk=chunk, device=q.device, prefix=prefix)
     if bias is not None and bias.dtype == torch.bool:
         seen, bias = (bias if seen is None else seen & bias), None
-    if sinks is None and not softcap:
+    if sinks is None and not softcap and not _is_exact(bias, q):
         added = _joined(seen, bias, q)
         return F.scaled_dot_product_attention(q, k, v, added, dropout_p, scale=scale, enable_gqa=grouped)
     k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
@@ -191,6 +191,13 @@ def _joined(seen: torch.Tensor | None, bias: torch.Tensor | None, q: torch.Tenso
     return bias.to(q.dtype).masked_fill(~seen, float("-inf"))
 
 
+def _is_exact(bias: torch.Tensor | None, q: torch.Tensor) -> bool:
+    """Whether a bias in fp32 is one row for all queries: ALiBi grows with the text past what bf16 can tell apart."""
+    if bias is None or bias.dtype != torch.float32 or q.dtype == torch.float32:
+        return False
+    return bias.shape[-2] == 1
+
+
 def _explicit(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -202,7 +209,7 @@ def _explicit(
     softcap: float,
     dropout_p: float,
 ) -> torch.Tensor:
-    """Attention with what SDPA has no argument for: soft caps and sinks. The softmax is taken in fp32."""
+    """Attention with what SDPA has no argument for: soft caps, sinks, fp32 biases. The softmax is taken in fp32."""
     scores = (q @ k.transpose(-1, -2)) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
