@@ -85,6 +85,11 @@ class Prefix(Adapter):
         """Whether the columns are behind a gate."""
         return self.init == GATED or self.init.startswith(f"{GATED}:")
 
+    @property
+    def _hidden(self) -> bool:
+        """Whether a window hides the columns, and chunks are counted from them. Behind a gate they change nothing."""
+        return self.windowed and not self.gated
+
     def _drawn(self) -> str:
         """The first values without the gate."""
         return (self.init.removeprefix(GATED).removeprefix(":") or NORMAL) if self.gated else self.init
@@ -186,7 +191,7 @@ class Prefix(Adapter):
         from surgeon import biases
 
         aten, kwargs = torch.ops.aten, edit.node.kwargs
-        if not self.windowed and (kwargs.get("window") or kwargs.get("chunk")):
+        if not self._hidden and (kwargs.get("window") or kwargs.get("chunk")):
             edit.raise_by("prefix", self.tokens)
         if edit.has(4) and site.role != "cross" and (self.biased or biases.is_alibi(edit.argument(4))):
             if added is not None:
@@ -293,10 +298,10 @@ class Prefix(Adapter):
 
         k, v = self._columns(params, site, "k"), self._columns(params, site, "v")
         if not self.gated:
-            return Columns(k, v, windowed=self.windowed)
+            return Columns(k, v, windowed=self._hidden)
         size = (params["gate"] ** 2 + FLOOR**2).sqrt()
         bias = size.log().repeat_interleave(site.queries // site.heads, 0)
-        return Columns(k, v * (params["gate"] / size)[..., None], bias, self.windowed)
+        return Columns(k, v * (params["gate"] / size)[..., None], bias, self._hidden)
 
     def _columns(self, params: Mapping[str, torch.Tensor], site: Site, name: str) -> torch.Tensor:
         import torch

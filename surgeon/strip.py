@@ -51,6 +51,10 @@ def _stripped(part: fx.Graph, gone: set[str]) -> fx.Graph:
             node.replace_all_uses_with(_below(fresh, names[mark.site], node, gone))
         if mark and mark.input and mark.owner in gone:
             node.replace_all_uses_with(source_of(node))
+    for node in reversed(fresh.nodes):  # the sweep keeps what draws random numbers
+        mark = tag(node)
+        if mark and mark.owner in gone and node.op == "call_function" and not node.users:
+            fresh.erase_node(node)
     sweep(fresh)
     return fresh
 
@@ -62,7 +66,7 @@ def _ungive(node: fx.Node, gone: set[str]) -> None:
         if owner not in gone:
             continue
         if isinstance(key, int):
-            node.args = node.args[:undo]
+            node.args = (*node.args[:key], None, *node.args[key + 1 :])[:undo]
         else:
             rest = {k: v - undo if k == key else v for k, v in node.kwargs.items()}
             node.kwargs = {k: v for k, v in rest.items() if k != key or v}
