@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnx_ir
 import pytest
 
 from benchmarks.zoo import build, graphs
@@ -43,6 +44,42 @@ def test_a_work_folder_becomes_onnx(work: Path, tmp_path: Path, capsys: pytest.C
     assert sorted(found["files"]) == sorted(path.name for path in out.iterdir())
     for path in out.iterdir():
         assert str(work).encode() not in path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def virtual(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work folder with an MLP's prefix, a prompt and a LoRA."""
+    model = api.apply(base, "prefix", tokens=3, hidden=6, dropout=0.1)
+    model = api.apply(api.apply(model, "prompt", tokens=2, init="normal"), "lora", rank=2)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora.b"):
+            parameter.data += 0.1
+    return model.save(tmp_path_factory.mktemp("virtual") / "work")
+
+
+def test_virtual_tokens_become_constants(virtual: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "onnx"
+    assert main(["export", str(virtual), "--target", "onnx", "-o", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["token_agreement"] == 1.0
+    assert 0 < found["max_error"] <= found["bound"]
+    model = onnx_ir.load(out / "model.onnx")
+    constants = {name: tuple(value.shape) for name, value in model.graph.initializers.items() if ".prefix" in name}
+    assert sorted(constants.values()) == sorted([(2, 3, 8), (2, 2, 8)] * 2 * 4)  # K and V of four layers, no MLP
+    assert [value.name for value in model.graph.inputs][:4] == [
+        "input_ids", "attention_mask", "position_ids", "past_key_values.0.key"
+    ]  # fmt: skip
+    manifest = json.loads((out / "surgeon.json").read_text())
+    assert [step["name"] for step in manifest["passes"]] == ["prefix", "prompt", "lora"]
+
+
+def test_hf_leaves_virtual_tokens_beside(virtual: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "hf"
+    assert main(["export", str(virtual), "--target", "hf", "-o", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["not_folded"], found["adapter_folder"]) == (["prefix", "prompt"], str(out / "adapter"))
+    assert main(["verify", str(virtual), str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"]
 
 
 def test_hf_is_merge(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
