@@ -7,6 +7,8 @@ Layout: PEFT 0.21, `PeftModel.get_prompt`.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +74,7 @@ def fill(graph: Graph, found: Sequence[Fold], tensor: torch.Tensor, where: Path)
     """
     if found[0].site.kind == EMBEDDING:
         item = found[0]
-        wanted = tuple(item.rows().shape)
+        wanted = tuple(_blank(graph, item).rows().shape)
         copies = len(tensor) // wanted[0] if len(tensor) % wanted[0] == 0 else 0
         if _twofold(graph) and copies == 2:
             tensor = tensor[: wanted[0]]  # PEFT makes rows for the decoder too, and never reads them.
@@ -80,7 +82,7 @@ def fill(graph: Graph, found: Sequence[Fold], tensor: torch.Tensor, where: Path)
         _set(graph, item, tensor, where)
         return
     ordered = in_order(graph, found)
-    heads, count, size = ordered[0].columns().k.shape
+    heads, count, size = _blank(graph, ordered[0]).columns().k.shape
     width = 2 * heads * size
     layers = tensor.shape[-1] // width if _twofold(graph) and tensor.shape[-1] % width == 0 else len(ordered)
     check_shape(KEY, tuple(tensor.shape), (count, layers * width), where)
@@ -121,6 +123,17 @@ def _self_attentions(graph: Graph) -> dict[str, fx.Node]:
     return {
         path: node for path, node in found.items() if node.kwargs.get("role") != "cross" and lengths.axes(node, length)
     }
+
+
+def _blank(graph: Graph, item: Fold) -> Fold:
+    """The adapter with shapes in place of values: first values may come from a text whose tokenizer is not at hand."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        own = item.site.tensor(item.owner, name)
+        return graph.tensors[own if own in graph.tensors else f"{item.owner}.{name}"].shape
+
+    empty = {name: functools.partial(torch.empty, shape(name), device="meta") for name in item.params}
+    return dataclasses.replace(item, params=empty)
 
 
 def _set(graph: Graph, item: Fold, form: Columns | torch.Tensor, where: Path) -> None:

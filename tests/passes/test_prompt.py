@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import T5Config
 
+from benchmarks.zoo.folders import base_of
 from benchmarks.zoo.graphs import graph_of, inputs_of, model_of, randomised
-from surgeon import fold, run, text
+from surgeon import fold, run, store, text
 from surgeon.errors import SurgeonError, UnsupportedError, UsageError
 from surgeon.graph import Graph, copied, sweep, tag
 from surgeon.model import load_model
@@ -147,6 +148,12 @@ def test_a_text_needs_a_tokenizer() -> None:
         load(graph)
     assert "--init vocabulary" in caught.value.hint
     assert parse(graph.applied[0].spec()) == graph.applied[0]
+
+
+def test_a_work_folder_opens_without_the_tokenizer(tmp_path: Path) -> None:
+    graph = run.apply(base_of("llama")[1], make("prompt", tokens=TOKENS, init="text:abc"), tokenizer=Letters())
+    store.save(graph, tmp_path / "work")
+    assert torch.equal(rows_of(store.load(tmp_path / "work")), rows_of(graph))
 
 
 def test_positions_of_ones_own_are_refused() -> None:
