@@ -245,3 +245,23 @@ def test_a_refusal_says_why_and_what_works() -> None:
     assert error.value.where.startswith("attention captured as it is, in its own code: prophetnet.decoder.layers.0")
     assert error.value.hint.startswith("methods that need none: lora, ")
     assert "prefix" not in error.value.hint
+
+
+@pytest.mark.parametrize("kind", ["autocast", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["mpt", "gptj", "codegen"])
+@torch.no_grad()
+def test_half_precision_rounds_no_more_than_transformers(name: str, kind: str) -> None:
+    model, graph = both(name)
+    tokens = build.tokens(model.config, 2, 8, padding=2)
+    seen = tokens["attention_mask"].bool()
+    inputs = given(graph, tokens)
+    positions = {key: x for key, x in zip(graph.inputs, inputs, strict=True) if key == "position_ids"}
+    dtype = torch.float32 if kind == "autocast" else getattr(torch, kind)
+    half = type(model)._from_config(model.config, attn_implementation="eager", dtype=dtype).eval()
+    half.load_state_dict(model.state_dict())
+    exact = model(**tokens, **positions)[0][seen]
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        theirs = half(**tokens, **positions)[0][seen]
+        ours = module.load(graph, dtype=dtype)(*inputs)[0][seen]
+    assert ours.dtype == theirs.dtype
+    assert (ours - theirs).abs().max() <= 2.5 * (theirs - exact).abs().max()
