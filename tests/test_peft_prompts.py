@@ -88,7 +88,7 @@ def options_of(method: str, task: str) -> dict[str, Any]:
 
 def trained(method: str, graph: Graph, task: str, **options: Any) -> Graph:
     if method == "prefix" and graph.task == "seq2seq-lm":
-        options["sites"] = "decoder"
+        options |= {"sites": "decoder", "biased": True}
     return randomised(run.apply(graph, passes.make(method, **{**options_of(method, task), **options})), std=1.0)
 
 
@@ -158,6 +158,9 @@ def test_the_layout_is_keys_and_values_in_turn(tmp_path: Path) -> None:
 OWN: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "every-prefix": ("bart", "prefix", {"sites": "encoder,decoder,cross"}, "at every self-attention"),
     "some-layers": ("gemma2", "prefix", {"targets": "*.layers.[01].*"}, "at every self-attention"),
+    "gates": ("gemma2", "prefix", {"init": "gated"}, "gate"),
+    "open-windows": ("gemma2", "prefix", {"windowed": False}, "sliding window"),
+    "no-position-bias": ("t5", "prefix", {"sites": "decoder"}, "position biases"),
     "biases": ("gpt2", "prefix", {"bias": "all"}, "without biases"),
     "both-sides": ("bart", "prompt", {"side": "both"}, "encoder"),
     "cut-off": ("bert", "prompt", {"layout": "tokens"}, "layout=peft"),

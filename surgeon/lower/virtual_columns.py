@@ -38,7 +38,7 @@ def as_columns(graph: Graph) -> Graph:
     count = len(found[0].rows())
     values = _keys_and_values(graph, count)
     plain = without(graph, {found[0].owner})
-    result = run.apply(plain, make("prefix", tokens=count, init="zeros"))
+    result = run.apply(plain, make("prefix", tokens=count, init="zeros", biased=True))
     owner = next(reversed(run.owners(result.applied)))
     added = [item for item in fold.columns(result) if item.owner == owner]
     place = {site.path: number for number, site in enumerate(sites(graph, ATTENTION))}
@@ -70,11 +70,6 @@ def _check(graph: Graph) -> None:
     kinds = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
     if by_length := kinds & set(_BY_LENGTH):
         raise _refused(graph, f"the rotary embedding ({by_length.pop()}) of its rows depends on the length of the text")
-    for part, prefixes in graph.parts():
-        for node in part.nodes:
-            biased = node.target is torch.ops.surgeon.attention.default and len(node.args) > 4 and node.args[4]
-            if biased and node.args[4].meta["val"].is_floating_point():
-                raise _refused(graph, f"the attention in {prefixes[0]} adds a bias that depends on places")
 
 
 def _refused(graph: Graph, why: str) -> UnsupportedError:
