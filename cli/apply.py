@@ -8,9 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from surgeon.cli import output
-from surgeon.cli.methods import Methods, chosen, with_method_options
-
-LABELS = "Classes of a new head: neg,pos, how many (1: a regression), or a data file. Default: the training data's."
+from surgeon.cli.methods import LABELS, Methods, chosen, with_method_options
 
 
 @with_method_options

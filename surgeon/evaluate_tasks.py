@@ -93,7 +93,7 @@ def _batches(data: Examples, size: int) -> Iterator[list[int]]:
 def _run(
     model: torch.nn.Module, tokenizer: Any, data: Examples, numbers: list[int], precision: str, seen: _Seen
 ) -> None:
-    batch = ExampleCollator.of(tokenizer)([data[number] for number in numbers])
+    batch = ExampleCollator.of(tokenizer, model.config)([data[number] for number in numbers])
     device = next(model.parameters()).device
     inputs, targets = split_targets(batch, device)
     if data.task == "seq2seq-lm":
@@ -133,7 +133,7 @@ def _measured(data: Examples, seen: _Seen) -> dict[str, float]:
 
 def _written(model: Any, tokenizer: Any, data: Examples, batch_size: int) -> float:
     """The share of samples whose labels greedy generation gives, special tokens apart."""
-    collate, hits = ExampleCollator.of(tokenizer), 0
+    collate, hits = ExampleCollator.of(tokenizer, model.config), 0
     device = next(model.parameters()).device
     for numbers in _batches(data, batch_size):
         inputs, targets = split_targets(collate([data[number] for number in numbers]), device)

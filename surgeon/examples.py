@@ -92,9 +92,13 @@ class ExampleCollator:
     pad_type: int = 0
 
     @classmethod
-    def of(cls, tokenizer: Any) -> ExampleCollator:
-        """The collator of a tokenizer: its padding token, else its end token, else id 0 (all masked anyway)."""
-        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    def of(cls, tokenizer: Any, config: Any = None) -> ExampleCollator:
+        """The collator of a tokenizer: its padding token, else its end token, else id 0 (all masked anyway).
+
+        A config that names a padding token comes first: decoders find the last token of a sequence by it.
+        """
+        own = getattr(config, "pad_token_id", None)
+        ids = (own, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         return cls(next(i for i in ids if i is not None), getattr(tokenizer, "pad_token_type_id", 0) or 0)
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -63,6 +63,8 @@ def head_config(graph: Graph) -> dict[str, Any]:
     if graph.task in LABELLED:
         found["id2label"] = {str(number): name for number, name in config.id2label.items()}
         found["label2id"] = dict(config.label2id)
+    if graph.task == "sequence-classification" and config.pad_token_id is not None:
+        found["pad_token_id"] = config.pad_token_id
     return found | ({"problem_type": config.problem_type} if config.problem_type else {})
 
 

@@ -61,6 +61,6 @@ def virtual_tokens(model: Any) -> int:
     return sum(int(getattr(step, "tokens", 0)) for step in applied)
 
 
-def collator_for(data: Data, tokenizer: Any) -> Collator | ExampleCollator:
-    """What makes batches of these samples."""
-    return Collator.of(tokenizer) if isinstance(data, Rendered) else ExampleCollator.of(tokenizer)
+def collator_for(data: Data, tokenizer: Any, config: Any) -> Collator | ExampleCollator:
+    """What makes batches of these samples, for a model of this config."""
+    return Collator.of(tokenizer) if isinstance(data, Rendered) else ExampleCollator.of(tokenizer, config)

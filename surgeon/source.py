@@ -111,7 +111,14 @@ def open_source(
 
 
 def _set_labels(config: transformers.PretrainedConfig, task: Task, labels: tuple[str, ...]) -> None:
-    """The classes in the config, from which transformers makes the head; a span has a start and an end."""
+    """The classes in the config, from which transformers makes the head; a span has a start and an end.
+
+    A decoder finds the last token of a sequence by the padding token: without one it is the end token.
+    """
+    text = config.get_text_config()
+    if task.name == "sequence-classification" and getattr(config, "pad_token_id", None) is None:
+        ends = getattr(text, "eos_token_id", None)
+        config.pad_token_id = ends[0] if isinstance(ends, list) else ends
     if labels:
         if task.name not in LABELLED:
             hint = f"leave them out, or name a task with classes: {', '.join(LABELLED)}"

@@ -90,7 +90,7 @@ def train(
             args=_arguments(recipe, out, run["total_steps"], model, held_out is not None),
             train_dataset=samples,
             eval_dataset=held_out,
-            data_collator=collator_for(samples, tokenizer),
+            data_collator=collator_for(samples, tokenizer, model.config),
             hooks=hooks,
             log=log,
             bar=bar,
