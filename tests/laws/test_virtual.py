@@ -52,8 +52,8 @@ def outputs(graph: Graph, shape: tuple[int, int] = (2, 7), dtype: torch.dtype | 
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal up to the rounding of fp32 arithmetic in another order, through layers whose adapters are large."""
-    return bool((found - expected).abs().max() <= 1e-4 * expected.abs().max())
+    """Equal up to the rounding of fp32 arithmetic in another order."""
+    return bool((found - expected).abs().max() <= 2e-5 * expected.abs().max())
 
 
 def composed(base: Graph, first: str, second: str) -> Graph | None:
@@ -171,7 +171,7 @@ def test_what_folds_beside_it_folds_and_it_stays(first: str, second: str) -> Non
         both = composed(base, first, second)
         if both is None:
             continue
-        both = randomised(both)
+        both = randomised(both, std=0.05)
         assert [step.name for step in both.applied] == [first, second]
         merged = fold.fold(both)
         assert close(outputs(merged), outputs(both))
