@@ -17,7 +17,7 @@ import onnxruntime
 import torch
 
 from surgeon import fold, positions
-from surgeon.errors import CheckFailed
+from surgeon.errors import CheckFailed, UnsupportedError
 from surgeon.graph import Graph
 from surgeon.stream import StreamingExecutor
 from surgeon.verification import RELATIVE, Probe
@@ -115,11 +115,19 @@ def virtual_tokens(graph: Graph) -> int:
 
 
 def open_session(file: Path) -> onnxruntime.InferenceSession:
-    """A CPU session that says nothing about what it optimises."""
+    """A CPU session that says nothing about what it optimises.
+
+    Raises:
+        UnsupportedError: ONNX Runtime has no kernel for a part of the model.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the binding's own classes, one per status code
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedError(f"ONNX Runtime: {reason}", file.name, "--target hf writes a checkpoint") from error
 
 
 def _replayed(
