@@ -278,3 +278,20 @@ def test_training_goes_on_from_a_checkpoint_and_from_a_work_folder(tmp_path: Pat
     assert {name.rpartition(".")[2] for name in before} >= {"decoder_table", "decoder_weight", "k_weight", "v_bias"}
     train(more, tokenizer, data, out=tmp_path / "more", steps=2, **recipe)
     assert all(not torch.equal(value, more.get_parameter(name)) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [("bert", "sequence-classification"), pytest.param("roberta", "question-answering", marks=pytest.mark.slow)],
+)
+def test_p_tuning_v2_brings_its_head(family: str, task: str, tmp_path: Path, loads: list[Any]) -> None:
+    folder, base = base_of(family, task)
+    graph = randomised(run.apply(base, passes.make("ptuning_v2", tokens=TOKENS)))
+    store.save(graph, tmp_path / "work")
+    model = peft.PeftModel.from_pretrained(reference(folder), tmp_path / "work").eval()
+    assert loads[0].missing_keys == []
+    ours = answers(load_model(graph), graph)
+    assert torch.allclose(ours, answers(model, graph), atol=1e-5)
+    again = store.load_adapter(tmp_path / "work")
+    assert torch.allclose(ours, answers(load_model(again), graph), atol=1e-6)
+    assert again.trainable().keys() == {name.replace("ptuning_v2", "prefix") for name in graph.trainable()}

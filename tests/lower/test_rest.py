@@ -121,3 +121,14 @@ def test_an_adapter_of_other_weights_is_refused(tmp_path: Path) -> None:
     api.merge_folder(graph, open_source(graph.source), out, verify=False)
     with pytest.raises(Exception, match="not the base that the adapter was made for"):
         store.load(out / "adapter", base=graph.source)
+
+
+def test_a_trained_head_is_in_both(tmp_path: Path) -> None:
+    base = base_of("bert")[1]
+    graph, out = randomised(run.apply(base, make("ptuning_v2", tokens=3))), tmp_path / "merged"
+    merged = api.merge_folder(graph, open_source(graph.source), out)
+    assert merged.rest == ("ptuning_v2",)
+    assert set(merged.written.merged) == {"classifier.weight", "classifier.bias"}
+    again = api.read(out)
+    assert torch.allclose(logits(again), logits(graph), atol=1e-5)
+    assert any(name.startswith("classifier") for name in again.trainable())
