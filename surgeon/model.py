@@ -126,6 +126,7 @@ class SurgeonModel(module.GraphModule):
         ids = given.get("decoder_input_ids", given.get("input_ids"))
         if ids is not None:
             positions.check(self.graph, ids.shape[-1], given.get("position_ids"))
+            positions.check_source(self.graph, given.get("input_ids", ids).shape[-1])
         for name in names:
             if name not in given:
                 given[name] = self._default(name, given)

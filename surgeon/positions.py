@@ -17,6 +17,7 @@ from surgeon.sites import Site
 aten = torch.ops.aten
 INPUT = "position_ids"
 SHIFT = "shift"  # node.meta key: by how much later a node makes the tokens start
+ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 _SAME = (aten.view.default, aten.expand.default, aten.unsqueeze.default, aten.to.dtype, aten.slice.Tensor)
 
 
@@ -64,13 +65,16 @@ def check(graph: Graph, tokens: int, given: torch.Tensor | None) -> None:
         given: `[b, t]`, positions the user chose; None if they are counted.
     """
     moved = [(shift, room) for shift, room in _tables(graph) if shift]
-    if not moved:
-        return
+    if moved and given is not None:
+        _check(moved, int(given.max()), f"{INPUT}, for {tokens} tokens")
+    elif moved:
+        _check(moved, tokens - 1 + numbering.first(graph), f"a text of {tokens} tokens")
+
+
+def _check(moved: list[tuple[int, int]], last: int, where: str) -> None:
     shift, room = min(moved, key=lambda pair: pair[1])
-    last = tokens - 1 + numbering.first(graph) if given is None else int(given.max())
     if last >= room:
         what = f"position {last} is beyond the {room} that {shift} virtual tokens leave"
-        where = f"{INPUT}, for {tokens} tokens" if given is not None else f"a text of {tokens} tokens"
         raise UsageError(what, where, "a shorter text, or fewer --tokens")
 
 
@@ -79,7 +83,18 @@ def _tables(graph: Graph) -> Iterator[tuple[int, int]]:
     length = lengths.length_of(graph)
     inputs = [n for n in graph.trunk.nodes if n.op == "placeholder" and n.target == INPUT]
     for start in [*inputs, *lengths.positions(graph.trunk, length)]:
-        yield from _below(start, 0, 0)
+        counted = sum(source.meta.get(SHIFT, 0) for source in start.all_input_nodes)
+        yield from _below(start, counted, counted)
+
+
+def check_source(graph: Graph, tokens: int) -> None:
+    """Raise UsageError for a text of an encoder beyond what its virtual tokens leave of a table."""
+    counts = [n for n in graph.trunk.nodes if n.op == "call_function" and n.target in ARANGES]
+    for node in counts:
+        shift = sum(source.meta.get(SHIFT, 0) for source in node.all_input_nodes)
+        moved = list(_below(node, shift, shift)) if shift else []
+        if moved:
+            _check(moved, tokens - 1, f"a text of {tokens} tokens")
 
 
 def _below(node: fx.Node, shift: int, offset: int) -> Iterator[tuple[int, int]]:
@@ -88,5 +103,5 @@ def _below(node: fx.Node, shift: int, offset: int) -> Iterator[tuple[int, int]]:
             yield shift, int(user.args[0].meta["val"].shape[0]) - offset
         elif user.target is aten.add.Tensor and isinstance(user.args[1], int):
             yield from _below(user, shift + user.meta.get(SHIFT, 0), offset + user.args[1])
-        elif user.target in _SAME:
+        elif user.target in _SAME or user.target is aten.cat.default:
             yield from _below(user, shift, offset)

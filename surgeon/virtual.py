@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from surgeon import lengths, numbering
+from surgeon import lengths, numbering, positions
 from surgeon.edit import Edit
 from surgeon.errors import UnsupportedError
 from surgeon.graph import MODEL_DTYPE, Graph, path_of, tag
@@ -101,7 +101,9 @@ def prepend(edit: Edit, rows: fx.Node, count: int, *, whole: bool = False) -> No
     for size in list(parts.ids.users):
         if size.target is aten.sym_size.int and size.args[1] == last:
             longer = Edit.of_input(graph, owner, size)
-            longer.replace(longer.call(operator.add, size, count), keep=_others(size, parts))
+            total = longer.call(operator.add, size, count)
+            total.meta[positions.SHIFT] = count
+            longer.replace(total, keep=_others(size, parts))
     for node in inputs_of(graph.trunk):
         if str(node.target).startswith("decoder_") == str(parts.ids.target).startswith("decoder_"):
             _lead(Edit.of_input(graph, owner, node), node, count, parts)
@@ -212,6 +214,7 @@ def _lead(edit: Edit, node: fx.Node, count: int, parts: Parts) -> None:
         first = numbering.first(edit.graph)
         front = edit.call(aten.add.Tensor, edit.call(aten.cumsum.default, front, last), first - 1)
         rest = edit.call(aten.add.Tensor, node, count)
+        rest.meta[positions.SHIFT] = count
     edit.replace(edit.call(aten.cat.default, [front, rest], last), keep=keep)
 
 

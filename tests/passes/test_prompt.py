@@ -165,6 +165,15 @@ def test_positions_of_ones_own_are_refused() -> None:
     assert "packed" in caught.value.hint
 
 
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
+def test_a_text_has_the_positions_that_the_prompt_leaves(family: str) -> None:
+    model = load_model(prompted(family))
+    more = {"decoder_input_ids": torch.ones(1, 5, dtype=torch.long)} if family == "bart" else {}
+    assert model(input_ids=torch.ones(1, 60, dtype=torch.long), **more).logits is not None
+    with pytest.raises(UsageError, match="position 60 is beyond the 60 that 4 virtual tokens leave"):
+        model(input_ids=torch.ones(1, 61, dtype=torch.long), **more)
+
+
 def test_it_is_applied_once() -> None:
     with pytest.raises(UsageError, match="already applied"):
         run.apply(prompted(), make("prompt"))
