@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from surgeon.sites import Site
 
 NORMAL, ZEROS, TEXT, GATED = "normal", "zeros", "text:", "gated"
-FLOOR = 1e-18  # ε of the gate: no sum of exponentials feels it, and its square is a normal number in fp32 and bf16
 ROLES = ("encoder", "decoder", "cross")
 
 
@@ -138,7 +137,9 @@ class Prefix(Adapter):
         """With the roles there are, and the width of the MLP's table: the largest h_kv · d."""
         import dataclasses
 
-        if self.biased:
+        from surgeon.columns import shares_biases
+
+        if shares_biases(graph, every=self.biased):
             self._check_whole(graph, chosen)
         roles = ",".join(role for role in ROLES if any(site.role == role for site in chosen))
         width = max(site.heads * site.inp for site in chosen) if self.hidden else 0
@@ -152,7 +153,7 @@ class Prefix(Adapter):
         left = [site.path for site in sites(graph, ATTENTION) if site.role in roles and site.path not in paths]
         if left:
             what = f"{self.name}: layers share the position biases, and some are left out"
-            raise UsageError(what, left[0], "biased=False, or every attention of the kind")
+            raise UsageError(what, left[0], "every attention of the kind; for T5 also biased=False")
 
     def cost(self, site: Site) -> Cost:
         """tokens · h_kv · (d + d_v) are stored; a token's query meets every column in every head."""
@@ -170,70 +171,16 @@ class Prefix(Adapter):
         """k, v → cat(P_k, k), cat(P_v, v); masks and biases let every query see the columns."""
         import torch
 
-        aten = torch.ops.aten
-        batch = edit.call(aten.sym_size.int, edit.argument(0), 0)
-        gate = self._gate(edit, site) if self.gated else None
-        for position, name, size in ((1, "k", site.inp), (2, "v", site.out)):
-            table = self._table(edit, site, name, size)
-            if gate is not None and name == "v":
-                table = edit.mul(table, edit.call(aten.unsqueeze.default, gate[1], -1))
-            rows = edit.dropout(edit.call(aten.expand.default, table, [batch, -1, -1, -1]), self.dropout)
-            edit.feed(edit.call(aten.cat.default, [rows, edit.argument(position)], 2))
-        if edit.has(3):
-            seen = edit.call(aten.new_ones.default, edit.argument(3), [batch, self.tokens])
-            edit.feed(edit.call(aten.cat.default, [seen, edit.argument(3)], 1))
-        self._see(edit, site, gate[0] if gate is not None else None)
+        from surgeon import columns
 
-    def _see(self, edit: Edit, site: Site, added: fx.Node | None) -> None:
-        """What windows and biases have for the columns, and what a gate adds to their scores."""
-        import torch
-
-        from surgeon import biases
-
-        aten, kwargs = torch.ops.aten, edit.node.kwargs
-        if not self._hidden and (kwargs.get("window") or kwargs.get("chunk")):
-            edit.raise_by("prefix", self.tokens)
-        if edit.has(4) and site.role != "cross" and (self.biased or biases.is_alibi(edit.argument(4))):
-            if added is not None:
-                what = f"{self.name}: a position bias that is computed for the columns too cannot hold a gate"
-                raise UnsupportedError(what, edit.site.path, "another init, normal for example")
-            biases.widen(edit, self.tokens)
-        elif edit.has(4):
-            columns = self._unbiased(edit, edit.argument(4), added)
-            edit.feed(edit.call(aten.cat.default, [columns, edit.argument(4)], -1))
-        elif added is not None:
-            keys = edit.call(aten.sym_size.int, edit.argument(1), 2)
-            rest = edit.call(aten.new_zeros.default, added, [1, site.queries, 1, keys])
-            edit.give(4, edit.call(aten.cat.default, [added, rest], -1))
-
-    def _gate(self, edit: Edit, site: Site) -> tuple[fx.Node, fx.Node]:
-        """What a gate adds to the scores `[1, h, 1, tokens]`, and its factor on the values `[h_kv, tokens]`."""
-        import torch
-
-        aten = torch.ops.aten
-        gate = edit.param("gate", (site.heads, self.tokens), ZEROS)
-        size = edit.call(aten.sqrt.default, edit.call(aten.add.Tensor, edit.mul(gate, gate), FLOOR**2))
-        log = edit.call(aten.log.default, size)
-        if site.queries != site.heads:
-            log = edit.call(aten.repeat_interleave.self_int, log, site.queries // site.heads, 0)
-        added = edit.call(aten.view.default, log, [1, site.queries, 1, self.tokens])
-        return added, edit.call(aten.div.Tensor, gate, size)
-
-    def _unbiased(self, edit: Edit, bias: fx.Node, added: fx.Node | None) -> fx.Node:
-        """What a bias `[.., t, s]` has for the columns: nothing but a gate's, or that they are seen."""
-        import torch
-
-        aten, value = torch.ops.aten, bias.meta["val"]
-        if added is not None and not (value.is_floating_point() and value.shape[1] == added.meta["val"].shape[1]):
-            what = f"{self.name}: this attention's explicit mask cannot hold a gate"
-            raise UnsupportedError(what, edit.site.path, "init=normal, or leave it out with --exclude")
-        if value.shape[-1] == 1:
-            what = f"{self.name}: the attention's bias is one for all keys"
-            raise UnsupportedError(what, edit.site.path, "leave this attention out with --exclude")
-        fill = aten.zeros_like.default if value.is_floating_point() else aten.ones_like.default
-        one = edit.call(fill, edit.call(aten.slice.Tensor, bias, -1, 0, 1))
-        wide = edit.call(aten.expand.default, one, [-1] * (value.dim() - 1) + [self.tokens])
-        return wide if added is None else edit.add(wide, added)
+        added = factor = None
+        if self.gated:
+            added, factor = columns.gate(edit, edit.param("gate", (site.heads, self.tokens), ZEROS))
+        k, v = self._table(edit, site, "k", site.inp), self._table(edit, site, "v", site.out)
+        if factor is not None:
+            v = edit.mul(v, edit.call(torch.ops.aten.unsqueeze.default, factor, -1))
+        dropout, hidden = self.dropout, self._hidden
+        columns.attach(edit, (k, v), dropout=dropout, hidden=hidden, biased=self.biased, added=added)
 
     def _table(self, edit: Edit, site: Site, name: str, size: int) -> fx.Node:
         """The columns `[h_kv, tokens, size]` of one attention."""
@@ -294,14 +241,14 @@ class Prefix(Adapter):
 
     def columns(self, params: Mapping[str, torch.Tensor], site: Site) -> Columns:
         """The columns as they are, or as the MLP makes them."""
+        from surgeon.columns import gate_of
         from surgeon.normal import Columns
 
         k, v = self._columns(params, site, "k"), self._columns(params, site, "v")
         if not self.gated:
             return Columns(k, v, windowed=self._hidden)
-        size = (params["gate"] ** 2 + FLOOR**2).sqrt()
-        bias = size.log().repeat_interleave(site.queries // site.heads, 0)
-        return Columns(k, v * (params["gate"] / size)[..., None], bias, self._hidden)
+        bias, factor = gate_of(params["gate"], site)
+        return Columns(k, v * factor, bias, self._hidden)
 
     def _columns(self, params: Mapping[str, torch.Tensor], site: Site, name: str) -> torch.Tensor:
         import torch
