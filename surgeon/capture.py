@@ -32,6 +32,7 @@ from surgeon.tasks import TASKS, Task, find_task
 from surgeon.tracing import literals, quiet, silence_noise
 
 assert ops  # registers the operators
+_MIXED = "expected scalar type"  # torch's words for a product of two dtypes
 _BATCH, _CHOICES = 2, 3
 # Their code for multiple choice takes positions and does not flatten them, as it does all else.
 _COUNT_THEMSELVES = ("distilbert",)
@@ -39,8 +40,13 @@ _COUNT_THEMSELVES = ("distilbert",)
 _LENGTHS = (5, 67, 1031)
 
 
-def build(config: transformers.PretrainedConfig, task: Task, attention: str) -> transformers.PreTrainedModel:
-    """The model on the meta device, in the dtype of the trace, with every attention routed to `attention`."""
+def build(
+    config: transformers.PretrainedConfig, task: Task, attention: str, *, uniform: bool = False
+) -> transformers.PreTrainedModel:
+    """The model on the meta device, in the dtype of the trace, with every attention routed to `attention`.
+
+    `uniform` also casts parameters that the model's code makes in fp32, as loading its checkpoint does.
+    """
     auto = getattr(transformers, task.auto_class)
     with torch.device("meta"):
         model: transformers.PreTrainedModel = auto.from_config(
@@ -53,6 +59,8 @@ def build(config: transformers.PretrainedConfig, task: Task, attention: str) -> 
     model.tie_weights()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+        if uniform and parameter.is_floating_point():
+            parameter.data = parameter.data.to(cleanup.TRACE_DTYPE)
     return model
 
 
@@ -71,7 +79,8 @@ def capture_config(
     """
     kind = task if isinstance(task, Task) else find_task(task, config.architectures, config.model_type)
     reasons: list[str] = []
-    for way in itertools.starmap(_Way, itertools.product(("surgeon", "sdpa", "eager"), _LENGTHS, (True, False))):
+    choices = (("surgeon", "sdpa", "eager"), _LENGTHS, (True, False), (False, True))
+    for way in itertools.starmap(_Way, itertools.product(*choices)):
         if not way.answers(reasons[-1] if reasons else ""):
             continue
         attention = way.attention
@@ -98,18 +107,20 @@ def _with_attention(graph: Graph, buffers: Buffers, attention: str, reasons: lis
 
 @dataclass(frozen=True)
 class _Way:
-    """One way to trace: attention implementation, tokens of the example, and whether in training mode."""
+    """One way to trace: attention implementation, tokens of the example, training mode, and `build`'s uniform dtype."""
 
     attention: str
     length: int
     training: bool
+    uniform: bool
 
     def answers(self, why: str) -> bool:
         """Whether to try this way after the one before it failed with `why`."""
         longer, quieter = self.length != _LENGTHS[0], not self.training
         if why.startswith(LOOPS):
             return False
-        return (not longer or why.startswith(FIXED_LENGTH)) and (not quieter or why.startswith(NOISY))
+        cast = not self.uniform or _MIXED in why
+        return cast and (not longer or why.startswith(FIXED_LENGTH)) and (not quieter or why.startswith(NOISY))
 
 
 class _NotThisWay(Exception):
@@ -122,7 +133,7 @@ def _traced(
     private: set[str] = set()
     try:
         while True:
-            model = build(config, task, way.attention)
+            model = build(config, task, way.attention, uniform=way.uniform)
             before = len(private)
             try:
                 return model, _export(model, task, way, share, private)

@@ -217,6 +217,46 @@ def test_a_prefix_on_deberta(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(ours[seen], theirs[seen], atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("task", ["features", "sequence-classification"])
+@torch.no_grad()
+def test_the_first_deberta_has_its_relative_scores_as_a_bias(task: str) -> None:
+    config = transformers.DebertaConfig(
+        vocab_size=112, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=64, relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=16,
+        position_biased_input=False, type_vocab_size=0, pooler_hidden_size=32,
+    )  # fmt: skip
+    model = build.build(config, "base" if task == "features" else task)
+    graph = graphs.graph_over(model, config, task)
+    (node,) = nodes(graph)
+    assert node.kwargs["dropout_p"] == config.attention_probs_dropout_prob
+    assert str(node.args[3].target) == "attention_mask"
+    assert node.args[4].meta["val"].shape[1] == 4
+    tokens = right_padded(model, 3)
+    ours, theirs = module.load(graph)(*given(graph, tokens))[0], model(**tokens)[0]
+    seen = tokens["attention_mask"].bool() if task == "features" else slice(None)
+    torch.testing.assert_close(ours[seen], theirs[seen], atol=2e-5, rtol=1e-5)
+
+
+def test_multiple_choice_masks_each_choice() -> None:
+    (node,) = nodes(capture_config(families.tiny_config("deberta-v2"), "multiple-choice"))
+    assert [len(node.args[place].meta["val"].shape) for place in (0, 3)] == [4, 2]
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_has_self_and_cross_attention() -> None:
+    config = causal_config("mvp")
+    config.is_decoder, config.forced_eos_token_id = False, None
+    model = build.build(config, "seq2seq-lm")
+    graph = graphs.graph_over(model, config, "seq2seq-lm")
+    found = {(n.kwargs.get("role"), n.kwargs.get("causal"), str(n.args[3].target)) for n in nodes(graph)}
+    assert found == {
+        (None, None, "attention_mask"), (None, True, "decoder_attention_mask"), ("cross", None, "attention_mask"),
+    }  # fmt: skip
+    tokens = right_padded(model, 2)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 1}
+    assert torch.equal(*(one.generate(**tokens, **options) for one in (model, generator(module.load(graph)))))
+
+
 def right_padded(model: Any, padding: int) -> dict[str, Tensor]:
     tokens = build.tokens(model.config, 2, 8)
     tokens["attention_mask"][0, 8 - padding :] = 0
