@@ -15,6 +15,7 @@ from surgeon.recipe import PRECISIONS
 if TYPE_CHECKING:
     from surgeon.evaluate import EvalReport
     from surgeon.evaluate_tasks import TaskReport
+    from surgeon.graph import Graph
 
     Report = EvalReport | TaskReport
 
@@ -52,7 +53,6 @@ def command(
 
     from surgeon import api
     from surgeon.evaluate import evaluate
-    from surgeon.model import load_model
     from surgeon.samples import samples_for
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,18 +65,33 @@ def command(
     found = evaluate(model, tokenizer, samples, batch_size=batch_size, precision=precision, generate=generate)
     by_rank: dict[int, Report] = {}
     if ranks:
-        from surgeon.evaluate_ranks import evaluate_ranks, plot_ranks
-
-        chosen = None if ranks == "all" else _numbers(ranks)
-        by_rank = evaluate_ranks(model, tokenizer, samples, chosen, batch_size=batch_size, precision=precision)
-        plot_ranks({rank: report.loss for rank, report in by_rank.items()}, Path(folder) / "loss_by_rank.png")
+        by_rank = _by_rank(model, samples, ranks, Path(folder), batch_size=batch_size, precision=precision)
+    plain = _plain(model.graph, dtype, where) if adapted and against_base else None
     before = None
-    if adapted and against_base and not model.graph.fresh:  # a new head has learned nothing: there is no before
-        graph = model.graph
-        plain = load_model(api.read(graph.source, graph.task, labels=graph.labels), dtype=dtype, device=where)
+    if plain is not None:
         before = evaluate(plain, tokenizer, samples, batch_size=batch_size, precision=precision, generate=generate)
     result = _result(folder, data, found, before) | ({"ranks": by_rank} if by_rank else {})
     output.emit(result, json, _view(folder, found, before, by_rank))
+
+
+def _by_rank(model: Any, samples: Any, ranks: str, folder: Path, **options: Any) -> dict[int, Report]:
+    """The report at each rank, and their losses drawn into the folder."""
+    from surgeon.evaluate_ranks import evaluate_ranks, plot_ranks
+
+    chosen = None if ranks == "all" else _numbers(ranks)
+    found: dict[int, Report] = dict(evaluate_ranks(model, model.tokenizer, samples, chosen, **options))
+    plot_ranks({rank: report.loss for rank, report in found.items()}, folder / "loss_by_rank.png")
+    return found
+
+
+def _plain(graph: Graph, dtype: Any, where: str) -> Any:
+    """The base without its adapters; None for a new head, which has learned nothing without them."""
+    from surgeon import api
+    from surgeon.model import load_model
+
+    if graph.fresh:
+        return None
+    return load_model(api.read(graph.source, graph.task, labels=graph.labels), dtype=dtype, device=where)
 
 
 def _result(folder: str, data: Path, found: Report, before: Report | None) -> dict[str, Any]:

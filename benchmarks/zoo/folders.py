@@ -36,8 +36,13 @@ def folder_of(name: str, task: str = "") -> Path:
     return build.save(build.build(config, kind), Path(_root().name) / f"{name}{task}")
 
 
-def captured(source: Source) -> Graph:
-    """The graph of a base with its values, as `surgeon.source.open_graph` gives it, captured once per folder."""
+def captured(source: Source, *, seed: int = 0) -> Graph:
+    """The graph of a base with its values, as `surgeon.source.open_graph` gives it, captured once per folder.
+
+    These models lack nothing that `seed` would be for; one with chosen classes is captured anew.
+    """
+    if source.labels:
+        return open_graph(source, seed=seed)
     if source.folder not in _GRAPHS:
         _GRAPHS[source.folder] = open_graph(source)
     return _GRAPHS[source.folder].copy()
