@@ -24,10 +24,6 @@ class TextCache(DynamicCache):
         """The number of the text's tokens."""
         return max(0, super().get_seq_length(layer_idx) - self.virtual)
 
-    def crop(self, max_length: int) -> None:
-        """Forget the tokens after the first `max_length`; the last ones for a negative number."""
-        super().crop(max_length + self.virtual if max_length >= 0 else max_length)
-
 
 def read(runner: GraphModule, caches: dict[str, DynamicCache], batch: int) -> dict[str, torch.Tensor]:
     """The cache's keys and values under the names of the graph's inputs; empty ones where there are none yet."""
