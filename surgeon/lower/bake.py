@@ -1,8 +1,8 @@
 """A prompt as new words of the vocabulary: a plain checkpoint that computes the prompted model, given those words.
 
 Row i of the prompt becomes the embedding of the token `<prompt_i>`. A text that begins with `<prompt_0>…<prompt_{p-1}>`
-then gives, in any Hugging Face tool, the logits that the prompted model gives for the rest of it. Nothing learned to
-predict the new tokens, so generation is told to suppress them.
+then gives, in any Hugging Face tool, the logits that the prompted model gives for the rest of it; they come before a
+start token too. Nothing learned to predict the new tokens, so generation is told to suppress them.
 """
 
 from __future__ import annotations
