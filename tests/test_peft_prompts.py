@@ -153,6 +153,7 @@ def test_the_layout_is_keys_and_values_in_turn(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "work" / "adapter_config.json").read_text())
     assert (config["token_dim"], config["num_attention_heads"], config["num_layers"]) == (24, 2, 4)
     assert "target_modules" not in config
+    assert "virtual tokens stay an adapter" in (tmp_path / "work" / "README.md").read_text()
 
 
 OWN: dict[str, tuple[str, str, dict[str, Any], str]] = {
