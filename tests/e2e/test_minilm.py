@@ -49,4 +49,4 @@ def test_deep_prompts_learn_on_minilm_and_come_back(tmp_path: Path) -> None:
     assert loaded.graph.labels == ("neg", "pos")
     ids = torch.tensor([held_out[0]["input_ids"]])
     with torch.no_grad():
-        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+        assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
