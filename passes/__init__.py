@@ -12,13 +12,14 @@ from surgeon.passes.base import Pass
 PASSES = {
     "lora": "surgeon.passes.lora:Lora",
     "dylora": "surgeon.passes.dylora:DyLora",
+    "adalora": "surgeon.passes.adalora:AdaLora",
     "vera": "surgeon.passes.vera:Vera",
     "prompt": "surgeon.passes.prompt:Prompt",
     "prefix": "surgeon.passes.prefix:Prefix",
     "kv_cache": "surgeon.passes.kv_cache:KvCache",
 }
 # PEFT's name of a method → ours.
-PEFT_TYPES = {"LORA": "lora", "VERA": "vera", "PROMPT_TUNING": "prompt", "P_TUNING": "prompt"}
+PEFT_TYPES = {"LORA": "lora", "ADALORA": "adalora", "VERA": "vera", "PROMPT_TUNING": "prompt", "P_TUNING": "prompt"}
 
 
 def find(name: str) -> type[Pass]:
