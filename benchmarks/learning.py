@@ -47,7 +47,7 @@ def theirs(method: str, rank: int, seed: int) -> Any:
 
 
 def reduction(
-    model: Any, data: tuple[Any, Any], tokenizer: Any, steps: int, lr: float, seed: int
+    model: Any, data: tuple[Any, Any], tokenizer: Any, steps: int, lr: float, seed: int, hooks: Any = ()
 ) -> tuple[float, float]:
     """Held-out loss before and after training."""
     from surgeon.evaluate import evaluate
@@ -58,7 +58,7 @@ def reduction(
     with tempfile.TemporaryDirectory() as out:
         train(
             model, tokenizer, train_rows, out=out, steps=steps, batch_size=BATCH, lr=lr, warmup=0.1, seed=seed,
-            progress=False,
+            progress=False, hooks=hooks,
         )  # fmt: skip
     return before, evaluate(model, tokenizer, held_out).loss
 
