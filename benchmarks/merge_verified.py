@@ -35,7 +35,7 @@ def merge(base: Path, out: Path) -> dict[str, Any]:
     import torch
 
     from surgeon import run
-    from surgeon.edit import Initial
+    from surgeon.initial import Initial
     from surgeon.lower import merge as lower
     from surgeon.passes import make
     from surgeon.source import open_graph, open_source

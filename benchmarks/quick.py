@@ -63,7 +63,7 @@ def learning(out: Path) -> Iterator[str]:
     if not (ROOT.parent / "shared/models/pystdlib-llama").is_dir():
         yield "loss reduction: ../shared is not here, see benchmarks/results/learning.json"
         return
-    found = run(out, "learning", "--seeds", "1", "--steps", "30")
+    found = run(out, "learning", "--methods", "lora", "vera", "--seeds", "1", "--steps", "30")
     for method, result in found["methods"].items():
         sides = result["reduction"]
         yield f"{method}, 30 steps on C headers: held-out loss −{sides['surgeon']:.3f} (PEFT −{sides['peft']:.3f})"

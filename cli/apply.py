@@ -8,9 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from surgeon.cli import output
-from surgeon.cli.methods import Methods, chosen, with_method_options
-
-LABELS = "Classes of a new head: neg,pos, how many (1: a regression), or a data file. Default: the training data's."
+from surgeon.cli.methods import LABELS, Methods, chosen, with_method_options
 
 
 @with_method_options
@@ -40,7 +38,8 @@ def command(
 
     graph = api.read(model, task or None, labels=parse_labels(labels, task) if labels else (), seed=seed)
     found = plan(graph, *steps)
-    folder = store.save(run.apply(graph, *steps, seed=seed), out, overwrite=overwrite, seed=seed)
+    applied = run.apply(graph, *steps, seed=seed, tokenizer=api.tokenizer_of(graph.source))
+    folder = store.save(applied, out, overwrite=overwrite, seed=seed)
     output.emit({"folder": folder, **output.plain(found)}, json, view(found))
     if not json:
         output.say(f"wrote {folder}; next: surgeon train {folder} --data FILE.jsonl")

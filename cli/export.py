@@ -22,6 +22,7 @@ def command(
     precision: Annotated[str, typer.Option(help="Of the ONNX model: fp32 or fp16.")] = "fp32",
     base: Annotated[Path | None, typer.Option(help="The base, if it moved since the adapter was made.")] = None,
     verify: Annotated[bool, typer.Option(help="Replay probes before the folder is put in place.")] = True,
+    rank: Annotated[int | None, typer.Option(help="Of an adapter that has every rank (dylora).")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder if it exists.")] = False,
     json: output.Json = False,
 ) -> None:
@@ -38,7 +39,7 @@ def command(
     from surgeon import lower
 
     where = out or Path(target)
-    options: dict[str, Any] = {"base": base, "overwrite": overwrite, "verify": verify}
+    options: dict[str, Any] = {"base": base, "rank": rank, "overwrite": overwrite, "verify": verify}
     if target == "onnx":
         options["precision"] = precision
     report = lower.export(folder, where, target=target, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from typer.core import TyperGroup
 
 from surgeon.cli import output
 from surgeon.errors import SurgeonError, UsageError, nearest
+from surgeon.remote_code import FLAG, trust_remote_code
 
 # Command name -> module with a function `command`, in the order `--help` lists them. A module is imported when its
 # command runs, and all of them for `--help`: none may import torch or transformers at module level.
@@ -28,11 +30,16 @@ COMMANDS: dict[str, str] = {
     "chat": "surgeon.cli.chat",
     "merge": "surgeon.cli.merge",
     "export": "surgeon.cli.export",
+    "convert": "surgeon.cli.convert",
     "verify": "surgeon.cli.verify",
     "show": "surgeon.cli.show",
     "passes": "surgeon.cli.passes",
     "doctor": "surgeon.cli.doctor",
 }
+
+# Commands that open models, whose checkpoints may bring code of their own.
+OPENING = ("plan", "apply", "train", "eval", "generate", "chat", "merge", "export", "convert", "verify", "show")
+TRUST = typer.Option(FLAG, help="Run the Python code that the checkpoint brings along.", show_default=False)
 
 INTERRUPTED = 130  # 128 + SIGINT, what shells report
 
@@ -63,10 +70,26 @@ def load(name: str) -> Any:
     """
     module = importlib.import_module(COMMANDS[name])
     text, examples = split_examples(module.command.__doc__ or "")
+    function = _trusting(module.command) if name in OPENING else module.command
     single = typer.Typer(add_completion=False, rich_markup_mode="rich")
     settings = {"help_option_names": ["-h", "--help"], **getattr(module, "context_settings", {})}
-    single.command(name, help=text, epilog=examples, context_settings=settings)(_reserving_stdout(module.command))
+    single.command(name, help=text, epilog=examples, context_settings=settings)(_reserving_stdout(function))
     return typer.main.get_command(single)
+
+
+def _trusting(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with a flag that lets checkpoints' own code run."""
+    signature = inspect.signature(command, eval_str=True)
+    annotation = Annotated[bool, TRUST]
+    flag = inspect.Parameter("trusted", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+
+    @functools.wraps(command)
+    def inner(*args: Any, trusted: bool, **options: Any) -> Any:
+        with trust_remote_code(trusted):
+            return command(*args, **options)
+
+    inner.__signature__ = signature.replace(parameters=[*signature.parameters.values(), flag])  # type: ignore[attr-defined]
+    return inner
 
 
 def _reserving_stdout(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,6 +24,11 @@ def command(
     verify: Annotated[
         bool, typer.Option(help="Compare with the adapted model before the folder is put in place.")
     ] = True,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse if something does not fold into weights.")] = False,
+    rank: Annotated[int | None, typer.Option(help="Of an adapter that has every rank (dylora).")] = None,
+    bake_prompt: Annotated[
+        bool, typer.Option("--bake-prompt", help="Write a prompt's rows as new words of the vocabulary.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder if it exists.")] = False,
     json: output.Json = False,
 ) -> None:
@@ -32,12 +37,22 @@ def command(
     The model is never built: memory stays below the two largest tensors, whatever the model's size. Exits with 1 and
     leaves nothing behind if the merged files compute something else.
 
+    Virtual tokens (prefix, prompt) fold into no weight: they are written to OUT/adapter, in PEFT's format where it has
+    one, and surgeon puts them on again whenever it opens OUT. With --strict that is an error. With --bake-prompt the
+    rows of a prompt become the embeddings of new words, <prompt_0> and so on, for any tool to put before its texts.
+
     Examples:
         surgeon merge work/ -o merged/
         surgeon merge lora-adapter/ -o merged/ --dtype bfloat16
+        surgeon merge prompt-work/ -o baked/ --bake-prompt
     """
     if dtype and dtype not in DTYPES:
         raise UsageError(f"unknown dtype '{dtype}'", "--dtype", f"nearest: {nearest(dtype, DTYPES)}")
+    if bake_prompt:
+        if dtype or strict or not verify:
+            raise UsageError("--bake-prompt is exact and checked as it is", "--bake-prompt", "leave the others out")
+        _bake(folder, out, base, overwrite, json)
+        return
     import torch
 
     from surgeon import api
@@ -47,14 +62,37 @@ def command(
             folder,
             out,
             base=base,
+            rank=rank,
             overwrite=overwrite,
             dtype=getattr(torch, dtype) if dtype else None,
             verify=verify,
+            strict=strict,
             progress=advance,
         )
     output.emit(summary(merged), json)
-    if not json:
+    if json:
+        return
+    if merged.rest:
+        output.say(f"not folded: {', '.join(merged.rest)}, an adapter of its own for {out}, in {left(merged)}")
+        output.say(f"next: surgeon verify {folder} {out}, or surgeon generate {out}, which puts the adapter on")
+    else:
         output.say(f"next: surgeon verify {folder} {out}, or load {out} with any Hugging Face tool")
+
+
+def _bake(folder: Path, out: Path, base: Path | None, overwrite: bool, json: bool) -> None:
+    from surgeon import api
+
+    baked = api.bake(folder, out, base=base, overwrite=overwrite)
+    output.emit({"folder": baked.folder, "tokens": baked.tokens, "ids": baked.ids, "max_error": baked.max_error}, json)
+    if not json:
+        output.say(f"begin every text with {''.join(baked.tokens[:2])}…, all {len(baked.tokens)} of them, in any tool")
+
+
+def left(merged: Merged) -> Path | None:
+    """The folder with what did not fold."""
+    from surgeon.store import REST
+
+    return merged.written.folder / REST if merged.rest else None
 
 
 def summary(merged: Merged) -> dict[str, Any]:
@@ -67,6 +105,8 @@ def summary(merged: Merged) -> dict[str, Any]:
         "copied_bytes": written.copied_bytes,
         "merged_bytes": written.merged_bytes,
         "seconds": written.seconds,
+        "not_folded": merged.rest,
+        "adapter_folder": left(merged),
     }
     if comparison is not None:
         result |= {

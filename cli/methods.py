@@ -23,6 +23,8 @@ Methods = Annotated[
 ]
 """The type of a command's `method` option."""
 
+LABELS = "Classes of a new head: neg,pos, how many (1: a regression), or a data file. Default: the training data's."
+"""The help of the option for the classes of a classifier."""
 PANEL = "Options of the methods (each holds for every --method that has it)"
 
 

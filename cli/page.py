@@ -8,6 +8,7 @@ from typing import Any
 from surgeon import drawing, text
 from surgeon.chains import span
 from surgeon.cli import output
+from surgeon.cli.show import tokens
 from surgeon.graph import Graph, tag
 from surgeon.rank_map import grid
 from surgeon.report import AdaptedSite, Report, base_graph
@@ -31,6 +32,7 @@ def render(graph: Graph, report: Report) -> str:
         before=drawing.draw(base.layers[path] if path else base.trunk, "the layer before"),
         after=drawing.draw(graph.layers[path] if path else graph.trunk, "the layer after"),
         map=heat_map(report.sites),
+        virtual=[tokens(site) for site in report.virtual],
         largest=largest,
         ranks=sorted({site.rank for site in report.sites}),
         portion=lambda value: f"{value / largest:.4f}" if largest else "0",

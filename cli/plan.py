@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgeon.cli import output
-from surgeon.cli.methods import Methods, chosen, with_method_options
+from surgeon.cli.methods import LABELS, Methods, chosen, with_method_options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from surgeon.planning import Plan, PlannedSite
+    from surgeon.source import Source
 
 _COLUMNS = ("module", "kind", "shape", "method", "rank", "sites", "parameters")
 _RIGHT = ("shape", "rank", "sites", "parameters")
@@ -24,6 +25,7 @@ def command(
     model: Annotated[str, typer.Argument(help="Folder with a config.json, or a hub id.")],
     method: Methods = ["lora"],  # noqa: B006  typer copies it
     task: Annotated[str, typer.Option(help="What the model is for; read off its config if not given.")] = "",
+    labels: Annotated[str, typer.Option(help=LABELS)] = "",
     json: output.Json = False,
     **options: Any,
 ) -> None:
@@ -36,8 +38,15 @@ def command(
     steps = chosen(method, options)
     from surgeon.planning import plan
 
-    found = plan(model, *steps, task=task or None)
+    found = plan(_source(model, task, labels) if labels else model, *steps, task=task or None)
     output.emit(output.plain(found), json, view(found))
+
+
+def _source(model: str, task: str, labels: str) -> Source:
+    from surgeon.labels import parse_labels
+    from surgeon.source import open_source
+
+    return open_source(model, task or None, weights=False, labels=parse_labels(labels, task))
 
 
 def view(plan: Plan) -> RenderableType:

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from surgeon.report import Report
+    from surgeon.report_virtual import VirtualSite
 
 _COLUMNS = ("module", "method", "out × in", "rank", "parameters", "‖ΔW‖ / ‖W‖")
+_VIRTUAL = ("module", "method", "tokens × size", "numbers", "mean length")
 
 
 def command(
@@ -27,7 +29,7 @@ def command(
     base: Annotated[Path | None, typer.Option(help="The base, if it moved since the folder was made.")] = None,
     json: output.Json = False,
 ) -> None:
-    """Show the adapted modules: rank, parameters, how far each weight moved, and sizes on disk.
+    """Show the adapted modules: rank, parameters, how far each weight moved, virtual tokens, and sizes on disk.
 
     Examples:
         surgeon show work/
@@ -83,7 +85,17 @@ def view(report: Report) -> RenderableType:
         "methods": " + ".join(report.methods),
         "trains": f"{report.trainable_parameters:,} parameters ({share:.3g} %) at {report.site_count} sites",
     }
-    return Group(output.table("", _COLUMNS, rows, right=_COLUMNS[2:]), output.fields(totals))
+    tables = [output.table("", _COLUMNS, rows, right=_COLUMNS[2:])] if rows else []
+    if report.virtual:
+        tables.append(output.table("", _VIRTUAL, map(tokens, report.virtual), right=_VIRTUAL[2:]))
+    return Group(*tables, output.fields(totals))
+
+
+def tokens(site: VirtualSite) -> tuple[str, str, str, str, str]:
+    """The cells of a site with virtual tokens."""
+    words = "‖row‖ {:.3g}, vocabulary {:.3g}" if site.kind == "embedding" else "‖k‖ {:.3g}, ‖v‖ {:.3g}"
+    size = " × ".join(f"{count:,}" for count in (site.tokens, *site.shape))
+    return site.path, site.method, size, f"{site.numbers:,}", words.format(site.norm, site.beside)
 
 
 def coloured(changes: str) -> str:

@@ -18,6 +18,7 @@ from surgeon.errors import UsageError
 from surgeon.recipe import PRECISIONS, SCHEDULERS, Recipe, make_recipe
 
 if TYPE_CHECKING:
+    from surgeon.data import Row
     from surgeon.train import TrainReport
 
 HELP = {
@@ -38,6 +39,11 @@ HELP = {
     "save_every": "Steps between checkpoints (a tenth of the run).",
 }
 PANEL = "How to train"
+DATA = (
+    "JSONL, JSON, CSV or Parquet. Language models: chat, alpaca, completion or text. Classifiers: text (or text_a, "
+    "text_b), label. Tags: tokens, labels. Questions: question, context, answers. Choices: question, choices, label. "
+    "Pairs: source, target."
+)
 
 
 def with_recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
@@ -66,7 +72,7 @@ def _flag(name: str, default: Any, annotation: Any) -> inspect.Parameter:
 @with_recipe_flags
 def command(
     folder: Annotated[Path, typer.Argument(help="Work folder; with -o also a PEFT adapter folder.")] = Path("work"),
-    data: Annotated[Path, typer.Option(help="JSONL, JSON, CSV or Parquet: chat, alpaca, completion or text.")] = ...,  # type: ignore[assignment]
+    data: Annotated[Path, typer.Option(help=DATA)] = ...,  # type: ignore[assignment]
     eval_data: Annotated[Path | None, typer.Option(help="Held-out data, evaluated at the end.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Train a copy here, not the work folder.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue from the newest checkpoint.")] = False,
@@ -81,6 +87,7 @@ def command(
 
     Examples:
         surgeon train work/ --data chat.jsonl
+        surgeon train work/ --data reviews.csv --eval-data heldout.csv
         surgeon train work/ --data chat.jsonl --eval-data heldout.jsonl --epochs 3 --lr 1e-4
         surgeon train work/ --data chat.jsonl --resume
     """
@@ -89,19 +96,20 @@ def command(
     recipe = make_recipe(options)
     rows, held_out = load_rows(data), None if eval_data is None else load_rows(eval_data)
     target = _target(folder, out, base, resume)
-    model = _loaded(target, base, device, recipe)
+    model = _loaded(target, base, device, recipe, rows)
     from surgeon import store
     from surgeon.manifest import read_manifest
-    from surgeon.render import render_rows, shown_sample
+    from surgeon.samples import samples_for
+    from surgeon.shown import shown
     from surgeon.train import train
 
-    limit = recipe.max_length or getattr(model.config, "max_position_embeddings", None)
-    samples = render_rows(rows, model.tokenizer, limit)
-    evaluated = None if held_out is None else render_rows(held_out, model.tokenizer, limit)
+    limit = recipe.max_length
+    samples = samples_for(model, model.tokenizer, rows, limit)
+    evaluated = None if held_out is None else samples_for(model, model.tokenizer, held_out, limit)
     if recipe.save_every is None:
         recipe = dataclasses.replace(recipe, save_every=math.ceil(recipe.total_steps(len(samples)) / 10))
-    output.say(f"data: {samples.summary()}\nthe first sample, trained tokens in bold:")
-    output.console().print(shown_sample(samples.samples[0], model.tokenizer))
+    output.say(f"data: {samples.summary()}\nthe first sample, what is trained in bold:")
+    output.console().print(shown(samples, model.tokenizer))
     report = train(model, model.tokenizer, samples, out=target, eval_data=evaluated, resume=resume, recipe=recipe)
     seed = read_manifest(target).seed
     store.save(model.to("cpu").trained(), target, overwrite=True, seed=seed)
@@ -122,16 +130,25 @@ def _target(folder: Path, out: Path | None, base: Path | None, resume: bool) -> 
     return target
 
 
-def _loaded(target: Path, base: Path | None, device: str, recipe: Recipe) -> Any:
-    """The model: all of it in fp32 for fp32 training; for bf16 the base as it is stored, the adapters in fp32."""
+def _loaded(target: Path, base: Path | None, device: str, recipe: Recipe, rows: list[Row]) -> Any:
+    """The model: all of it in fp32 for fp32 training; for bf16 the base as it is stored, the adapters in fp32.
+
+    A new head takes the classes of the data.
+    """
     import torch
 
-    from surgeon import api
+    from surgeon import api, heads, labels, manifest
+    from surgeon.model import load_model
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if recipe.precision == "fp32" else None
     try:
-        model = api.load(target, base=base, dtype=dtype, device=where)
+        graph = api.read(target, base=base)
+        names = labels.chosen(rows, graph.config, graph.task, open_head=bool(graph.fresh) and not graph.labels)
+        if names is not None:
+            graph = heads.relabelled(graph, names, manifest.read_manifest(target).seed)
+        model = load_model(graph, dtype=dtype, device=where)
+        model.tokenizer = api.tokenizer_of(target) or api.tokenizer_of(graph.source)
     except (RuntimeError, AssertionError) as error:
         what = f"cannot use the device '{where}': {str(error).splitlines()[0]}"
         raise UsageError(what, "--device", "cpu, or surgeon doctor to see what there is") from error
@@ -142,12 +159,13 @@ def _loaded(target: Path, base: Path | None, device: str, recipe: Recipe) -> Any
 
 def _view(report: TrainReport) -> Any:
     held_out = {} if report.eval_loss is None else {"held-out loss": f"{report.eval_loss:.4f}"}
+    held_out |= {f"held-out {name}": f"{value:.4f}" for name, value in report.eval_metrics.items()}
     resumed = {} if report.resumed_from is None else {"resumed from step": report.resumed_from}
     return output.fields(
         {
             "steps": report.steps,
             **resumed,
-            "loss": f"{report.first_loss:.4f} → {report.loss:.4f} nats per token",
+            "loss": f"{report.first_loss:.4f} → {report.loss:.4f}",
             **held_out,
             "trained": f"{report.trainable_parameters:,} parameters",
             "speed": f"{report.tokens_per_second:,.0f} tokens/s, {report.seconds:.1f} s",

@@ -16,18 +16,27 @@ PASSES = {
     "vera": "surgeon.passes.vera:Vera",
     "prompt": "surgeon.passes.prompt:Prompt",
     "prefix": "surgeon.passes.prefix:Prefix",
+    "ptuning_v2": "surgeon.passes.ptuning_v2:PTuningV2",
     "kv_cache": "surgeon.passes.kv_cache:KvCache",
 }
 # PEFT's name of a method → ours.
-PEFT_TYPES = {"LORA": "lora", "ADALORA": "adalora", "VERA": "vera", "PROMPT_TUNING": "prompt", "P_TUNING": "prompt"}
+PEFT_TYPES = {
+    "LORA": "lora",
+    "ADALORA": "adalora",
+    "VERA": "vera",
+    "PREFIX_TUNING": "prefix",
+    "PROMPT_TUNING": "prompt",
+    "P_TUNING": "prompt",
+}
 
 
 def find(name: str) -> type[Pass]:
-    """The pass of this name.
+    """The pass of this name, in which hyphens may stand for underscores.
 
     Raises:
         UsageError: there is none; the nearest names are suggested.
     """
+    name = name.replace("-", "_")
     if name not in PASSES:
         raise UsageError(f"unknown method '{name}'", "--method", f"nearest: {nearest(name, PASSES)}")
     module, _, attribute = PASSES[name].partition(":")

@@ -161,12 +161,11 @@ class AdaLora(Lora):
             made = dataclasses.replace(made, ranks=tuple((f"re:{re.escape(p)}", rank) for p, rank in ranks.items()))
         return made
 
-    def peft_unfit(self, sites: Sequence[Site]) -> str:
+    def peft_unfit(self, task: str) -> str:
         """PEFT has one alpha, and prunes from one rank."""
-        if any(self.alpha_at(site.path) != self.alpha for site in sites):
+        if any(alpha != self.alpha for _, alpha in self.alphas):
             return "its AdaLoRA has one alpha for all modules"
-        above = [site.path for site in sites if self.rank_at(site.path) > self.rank]
-        return f"{above[0]} has more than init_r triplets" if above else ""
+        return "modules have more triplets than init_r" if any(rank > self.rank for _, rank in self.ranks) else ""
 
     def peft_config(self, sites: Sequence[Site]) -> dict[str, Any]:
         """PEFT's fields; what is left of each module's triplets as its `rank_pattern`."""

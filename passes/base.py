@@ -95,6 +95,17 @@ class Pass:
     def rewrite(self, edit: Edit, site: Site) -> None:
         """Write the nodes of one site, only through `edit`."""
 
+    def virtual_tokens(self, graph: Graph) -> dict[str, int]:
+        """Input of token ids → how many virtual tokens the pass puts before them.
+
+        They are part of the first call of a model with a K/V cache, and in the cache for the later ones.
+        """
+        return {}
+
+    def virtual_outputs(self, graph: Graph) -> int:
+        """How many positions of virtual tokens the outputs begin with."""
+        return 0
+
     def cost(self, site: Site) -> Cost:
         """What it adds at one site; asked of the pass as `prepare` and `at` leave it."""
         return Cost()
@@ -105,6 +116,13 @@ class Pass:
 
     def finish(self, graph: Graph, owner: str) -> None:
         """Called once after the sites are rewritten: what concerns the whole graph."""
+
+    def initialise(self, graph: Graph, owner: str, seed: int, tokenizer: Any) -> None:
+        """Called once after `finish`: first values (`graph.inserted`) that are made from the base's or from text.
+
+        A work folder that is read back is applied again and then filled, so what is put there computes when called and
+        not before, and raises UsageError only then if there is no tokenizer.
+        """
 
     def ensures(self, result: Graph) -> None:
         """Raise SurgeonError if the result is not what the pass promises."""
@@ -185,9 +203,9 @@ class Adapter(Pass):
         """The adapter with these modules among `modules_to_save`, but for those that train already."""
         from surgeon.replaced import inside
 
-        trains = tuple(graph.trainable())
-        new = [m for m in modules if not inside(self.modules_to_save, m) and not any(t.startswith(m) for t in trains)]
-        return dataclasses.replace(self, modules_to_save=",".join(filter(None, [self.modules_to_save, *new])))
+        trains, own = tuple(graph.trainable()), self.modules_to_save
+        new = [m for m in modules if not inside(own, m) and not any(name.startswith(f"{m}.") for name in trains)]
+        return dataclasses.replace(self, modules_to_save=",".join(dict.fromkeys([*filter(None, [own]), *new])))
 
     def unfit(self, site: Site) -> str:
         """Why this site cannot be adapted, or ""."""
@@ -240,13 +258,18 @@ class Adapter(Pass):
         """What it does around training steps; `owner` is its id in the graph."""
         return ()
 
-    def active_at(self, rank: int) -> Mapping[str, torch.Tensor]:
-        """Shared tensors, by the names given to `edit.shared`, that make the adapter one of a lower rank.
+    @property
+    def any_rank(self) -> int:
+        """The rank up to which every lower one was trained too; 0 where only one was."""
+        return 0
 
-        Raises:
-            UsageError: the method does not train lower ranks.
-        """
-        raise UsageError(f"{self.name} was trained at one rank", "--rank", "dylora trains every rank up to its own")
+    def active_at(self, rank: int) -> Mapping[str, torch.Tensor]:
+        """Shared tensors, by the names given to `edit.shared`, that make it one of a rank of at most `any_rank`."""
+        return {}
+
+    def final(self) -> Adapter:
+        """Without what only training needs: made of its `columns` or `rows`, with no reparameterisation or dropout."""
+        return self
 
     def peft_config(self, sites: Sequence[Site]) -> dict[str, Any]:
         """The method's own fields of PEFT's `adapter_config.json`, for the sites it was applied to."""
@@ -256,8 +279,8 @@ class Adapter(Pass):
         """Names given to `edit.param` and `edit.shared` → keys in PEFT's file, without their prefix `base_model.`."""
         return {}
 
-    def peft_unfit(self, sites: Sequence[Site]) -> str:
-        """Why PEFT has no place for what these options do at these sites, or ""; it is saved in our own form then."""
+    def peft_unfit(self, task: str) -> str:
+        """Why PEFT has no place for what these options do in a model for a task, or "": then our own form is used."""
         return ""
 
     @property

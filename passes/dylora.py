@@ -7,6 +7,7 @@ Each optimiser step draws a rank b, the same for all layers, and trains what a L
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,12 @@ class DyLora(Lora):
         """The one vector `active`."""
         return Cost(frozen=self.rank)
 
+    def finish(self, graph: Graph, owner: str) -> None:
+        """As for every adapter; `active` is known without being stored."""
+        super().finish(graph, owner)
+        name = f"{owner}.{ACTIVE}"
+        graph.tensors[name] = dataclasses.replace(graph.tensors[name], persistent=False)
+
     def normal(self, params: Mapping[str, torch.Tensor], site: Site, base: Base) -> Normal:
         """The LoRA of the active rank."""
         from surgeon.normal import Normal
@@ -95,16 +102,13 @@ class DyLora(Lora):
         weights[:rank] = self.scale_at(rank) / self.scale
         return weights
 
-    def active_at(self, rank: int) -> dict[str, Tensor]:
-        """The shared tensors that make the adapter one of a lower rank.
+    @property
+    def any_rank(self) -> int:
+        """Every rank up to `rank` was trained."""
+        return self.rank
 
-        Raises:
-            UsageError: it was not trained at this rank.
-        """
-        if not 1 <= rank <= self.rank:
-            raise UsageError(
-                f"the adapter has no rank {rank}", "--rank", f"1 to {self.rank}, the rank it was trained at"
-            )
+    def active_at(self, rank: int) -> dict[str, Tensor]:
+        """`active` for that rank."""
         return {ACTIVE: self.weights_at(rank)}
 
     def hooks(self, graph: Graph, owner: str, seed: int) -> Sequence[Hook]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 BOTH, PREFILL, STEP = "both", "prefill", "step"
 _INSTEAD = "generate without a cache: use_cache=False"
 _MASKS = ("attention_mask", "decoder_attention_mask")
+_TEXT = ("input_ids", "decoder_input_ids")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class KvCache(Pass):
             return
         if not node.kwargs.get("causal") and not _biased(node):
             raise UnsupportedError("kv_cache: this attention sees later tokens, which are not known yet", site.path)
-        if not _is_borrowed(node):
+        if not _is_borrowed(edit):
             self._cache(edit)
         if self.phase != PREFILL:
             _lengthen_masks(edit)
@@ -120,32 +121,33 @@ class KvCache(Pass):
     def _cache(self, edit: Edit) -> None:
         import torch
 
-        from surgeon import wiring
+        from surgeon.graph import Tag
 
-        alike = [node for node in edit.part.nodes if node.target is edit.node.target and _same(node, edit.node)]
         for position, word in ((1, "key"), (2, "value")):
-            new = edit.node.args[position]
+            new = edit.argument(position)
             if self.phase != PREFILL:
                 names = _names(edit, "past_key_values", word)
                 past = edit.model_input(names, _input(edit, word), *_past(edit, new))
-                edit.write_after(edit.node.prev)
+                readers = _readers(edit, new)
+                edit.write_after(min(readers).prev)
                 whole = edit.call(torch.ops.aten.cat.default, [past, new], 2)
-                for node in alike:
-                    node.update_arg(position, whole)
-                wiring.output_of(edit.part).replace_input_with(new, whole)
+                whole.meta["surgeon"] = Tag(edit.owner, edit.node.name, input=True)
+                for node in readers:
+                    node.replace_input_with(new, whole)
                 new = whole
             edit.model_output(new, _names(edit, "present", word))
 
     def _encoder_states(self, edit: Edit) -> None:
         """Cross-attention: its keys and values do not change from token to token."""
         for position, word in ((1, "key"), (2, "value")):
-            given = edit.node.args[position]
+            given = edit.argument(position)
             if self.phase == PREFILL:
                 edit.model_output(given, _names(edit, "present", word))
                 continue
             names = _names(edit, "past_key_values", word)
             held = edit.model_input(names, _input(edit, word), given, tuple(given.meta["val"].shape))
-            edit.node.update_arg(position, held)
+            for node in _readers(edit, given):
+                node.replace_input_with(given, held)
 
 
 def _seq2seq(graph: Graph) -> bool:
@@ -157,26 +159,42 @@ def _is_cross(node: fx.Node) -> bool:
 
 
 def _biased(node: fx.Node) -> bool:
-    return len(node.args) > 4 and node.args[4] is not None
+    from surgeon.sites import has_argument
+
+    return has_argument(node, 4)
 
 
-def _is_borrowed(node: fx.Node) -> bool:
+def _is_borrowed(edit: Edit) -> bool:
     """Whether the keys are another attention's: handed in by an earlier layer, or already with their past."""
-    return node.args[1].op == "placeholder" or _source(node, 1) is not node.args[1]
+    from surgeon.graph import tag
+
+    keys = edit.argument(1)
+    mark = tag(keys)
+    return _source(edit.node, 1).op == "placeholder" or (mark is not None and mark.owner == edit.owner)
 
 
 def _source(node: fx.Node, position: int) -> fx.Node:
-    """Keys (1) or values (2) before their past was put in front."""
+    """Keys (1) or values (2) as the model computes them, without their past and what passes put before it."""
+    from surgeon.graph import tag
+    from surgeon.sites import argument_of, source_of
+
+    found = argument_of(node, position)
+    mark = tag(found)
+    return source_of(found) if mark is not None and mark.input else found
+
+
+def _readers(edit: Edit, value: fx.Node) -> list[fx.Node]:
+    """Who reads keys or values: the site and attentions that read the same two, what passes wrote there, later layers.
+
+    Attentions of one layer that read the same keys and other values have a cache each.
+    """
+    from surgeon import lengths
     from surgeon.graph import tag
 
-    whole = node.args[position]
-    ours = tag(whole) is not None and getattr(whole.target, "__name__", "") == "cat.default"
-    return whole.args[0][1] if ours else whole
-
-
-def _same(one: fx.Node, other: fx.Node) -> bool:
-    """Whether two attentions read the same keys and values."""
-    return all(one.args[position] is other.args[position] for position in (1, 2))
+    same = [n for n in lengths.attentions(edit.part) if all(_source(n, i) is edit.argument(i) for i in (1, 2))]
+    names = {node.name for node in same}
+    mine = [node for node in value.users if (mark := tag(node)) and mark.site in names]
+    return [*mine, *(node for node in value.users if node in same or node.op == "output")]
 
 
 def _label(node: fx.Node) -> str:
@@ -229,10 +247,24 @@ def _lengthen_masks(edit: Edit) -> None:
 
     length = lengths.length_of(edit.graph)
     for position in (3, 4):
-        mask = edit.node.args[position] if position < len(edit.node.args) else None
-        if mask is not None and mask.op != "placeholder" and lengths.axes(mask, length):
+        mask = edit.argument(position) if edit.has(position) else None
+        if mask is not None and mask.op != "placeholder" and lengths.grows(mask, length):
+            _check_text(edit, mask)
             whole = lengths.extended(edit, mask, length, rows=position == 4)
             mask.replace_all_uses_with(whole, delete_user_cb=lambda user, whole=whole: user is not whole)
+
+
+def _check_text(edit: Edit, mask: fx.Node) -> None:
+    """Raise UnsupportedError for a bias that is computed from the text's own states: those of old tokens are gone."""
+    from surgeon import lengths, wiring
+
+    inner = set(lengths.ancestors([mask]))
+    for call in (call for path in edit.paths if path for call in wiring.calls_of(edit.graph.trunk, path)):
+        for node, given in lengths.fed(edit.part, call):
+            origins = lengths.ancestors([given]) if node in inner else []
+            if any(origin.op == "call_module" or str(origin.target) in _TEXT for origin in origins):
+                what = f"kv_cache: the attention's bias in {edit.graph.config.model_type} is computed from the text"
+                raise UnsupportedError(what, edit.site.path, _INSTEAD)
 
 
 def _shift_positions(edit: Edit) -> None:
@@ -255,15 +287,16 @@ def _shift_positions(edit: Edit) -> None:
 def _lengthen_trunk(edit: Edit) -> None:
     """Key masks and biases that the trunk computes for its layers."""
     from surgeon import lengths
+    from surgeon.sites import argument_of
 
     graph, length = edit.graph, lengths.length_of(edit.graph)
     known: dict[tuple[fx.Node, bool], fx.Node] = {}
     for call in [node for node in graph.trunk.nodes if node.op == "call_module"]:
         layer = graph.layers[str(call.target)]
         masks = set(lengths.ancestors(lengths.masks_of(layer, cross=False)))
-        biases = {node.args[4] for node in lengths.attentions(layer) if _biased(node)}
+        biases = {argument_of(node, 4) for node in lengths.attentions(layer) if _biased(node)}
         for position, (inner, given) in enumerate(lengths.fed(layer, call)):
-            if inner not in masks or not lengths.axes(given, length) or lengths.comes_from_layer(given):
+            if inner not in masks or not lengths.grows(given, length) or lengths.comes_from_layer(given):
                 continue
             _check_origin(graph, given)
             key = (given, inner in biases)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from surgeon.normal import Columns
     from surgeon.sites import Site
 
-NORMAL, ZEROS = "normal", "zeros"
+NORMAL, ZEROS, TEXT, GATED = "normal", "zeros", "text:", "gated"
 ROLES = ("encoder", "decoder", "cross")
 
 
@@ -30,11 +30,19 @@ class Prefix(Adapter):
     tanh(E Wᵀ + b) W_kᵀ + b_k, E: `[tokens, e]`, W: `[hidden, e]`, e = h_kv · d, of which every attention has its own
     last rows W_k: `[h_kv · d, hidden]` and W_v: an encoder's, a decoder's and its cross-attentions' are MLPs apart.
 
+    A gate g: `[h_kv, tokens]` = 0 makes each column's exponential |g| times as large and gives its value g's sign:
+    with a = √(g² + ε²), log a is added to its scores, and v is multiplied by g / a. At g = 0 that is the base, and the
+    gradient of g is that of adding g · exp(score) · v to the numerator of the softmax. Tokens keep their positions.
+
     Options:
         tokens: p, the number of columns.
         hidden: width of the MLP that makes the columns while they train; 0 trains them themselves.
-        init: first values. "normal": N(0, 1), of E if there is an MLP; "zeros" (which still take part in the softmax).
+        init: first values. "normal": N(0, 1), of E if there is an MLP; "zeros" (which still take part in the softmax);
+            "text:…": the keys and values of a text, cut or repeated to p; "gated", "gated:text:…": behind a gate that
+            starts closed, so that the first step sees the base.
         dropout: on the columns, while training.
+        windowed: a sliding window hides the columns as it hides tokens, as in PEFT; otherwise every query sees them.
+        biased: position biases (T5) see the columns as tokens before the text, as in PEFT; otherwise theirs is 0.
         sites: which attentions: "encoder", "decoder" (over their own tokens), "cross" (over an encoder's states).
     """
 
@@ -50,6 +58,8 @@ class Prefix(Adapter):
     hidden: int = 0
     init: str = NORMAL
     dropout: float = 0.0
+    windowed: bool = True
+    biased: bool = False
     sites: str = "encoder,decoder,cross"
     width: int = 0
     roles: str = ""
@@ -62,9 +72,26 @@ class Prefix(Adapter):
             raise UsageError(f"{self.name}: hidden is {self.hidden}", "--hidden", "0 for none, or for example 512")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"{self.name}: dropout is {self.dropout}", "--dropout", "a probability below 1")
+        if self._drawn() not in (NORMAL, ZEROS) and not self._drawn().startswith(TEXT):
+            known = f"{NORMAL}, {ZEROS}, {TEXT}…, {GATED} or {GATED}:{TEXT}…"
+            raise UsageError(f"{self.name}: init is '{self.init}'", "--init", known)
         unknown = [role for role in self._wanted() if role not in ROLES]
         if unknown or not self._wanted():
             raise UsageError(f"{self.name}: sites is '{self.sites}'", "--sites", f"some of {','.join(ROLES)}")
+
+    @property
+    def gated(self) -> bool:
+        """Whether the columns are behind a gate."""
+        return self.init == GATED or self.init.startswith(f"{GATED}:")
+
+    @property
+    def _hidden(self) -> bool:
+        """Whether a window hides the columns, and chunks are counted from them. Behind a gate they change nothing."""
+        return self.windowed and not self.gated
+
+    def _drawn(self) -> str:
+        """The first values without the gate."""
+        return (self.init.removeprefix(GATED).removeprefix(":") or NORMAL) if self.gated else self.init
 
     def _wanted(self) -> list[str]:
         return [role.strip() for role in self.sites.split(",") if role.strip()]
@@ -82,6 +109,13 @@ class Prefix(Adapter):
         if any(step.name == "kv_cache" for step in graph.applied):
             what = f"{self.name} stands before what a cache holds, and this graph has its cache already"
             raise UnsupportedError(what, graph.source, f"apply {self.name} first, kv_cache after it")
+        for step in [step for step in graph.applied if isinstance(step, Prefix)]:
+            if step.gated or self.gated:
+                what = f"{self.name}: columns behind a gate stand alone, and these would stand beside others"
+                raise UnsupportedError(what, step.spec(), "one of the two without init=gated, or more tokens in one")
+            if step.windowed != self.windowed:
+                what = f"{self.name}: a window would hide some columns and not others"
+                raise UnsupportedError(what, step.spec(), "the same windowed for both")
 
     def match(self, graph: Graph) -> list[Site | Skip]:
         """The targeted attentions of the wanted roles."""
@@ -103,15 +137,30 @@ class Prefix(Adapter):
         """With the roles there are, and the width of the MLP's table: the largest h_kv · d."""
         import dataclasses
 
+        from surgeon.columns import shares_biases
+
+        if shares_biases(graph, every=self.biased):
+            self._check_whole(graph, chosen)
         roles = ",".join(role for role in ROLES if any(site.role == role for site in chosen))
         width = max(site.heads * site.inp for site in chosen) if self.hidden else 0
         return dataclasses.replace(self, roles=roles, width=width)
 
+    def _check_whole(self, graph: Graph, chosen: list[Site]) -> None:
+        """Layers share position biases: raise UsageError if some of them are left out."""
+        from surgeon.sites import sites
+
+        paths, roles = {site.path for site in chosen}, {site.role for site in chosen} - {"cross"}
+        left = [site.path for site in sites(graph, ATTENTION) if site.role in roles and site.path not in paths]
+        if left:
+            what = f"{self.name}: layers share the position biases, and some are left out"
+            raise UsageError(what, left[0], "every attention of the kind; for T5 also biased=False")
+
     def cost(self, site: Site) -> Cost:
         """tokens · h_kv · (d + d_v) are stored; a token's query meets every column in every head."""
-        numbers = site.heads * (site.inp + site.out)
+        numbers, gate = site.heads * (site.inp + site.out), self.tokens * site.heads if self.gated else 0
         stored, flops = self.tokens * numbers, 2 * self.tokens * site.queries * (site.inp + site.out)
-        return Cost(trained=numbers * (self.hidden + 1) if self.hidden else stored, stored=stored, flops=flops)
+        trained = numbers * (self.hidden + 1) if self.hidden else stored
+        return Cost(trained=trained + gate, stored=stored + gate, flops=flops)
 
     def shared_cost(self) -> Cost:
         """The table and first matrix of each MLP, which are not stored when training is done."""
@@ -122,29 +171,16 @@ class Prefix(Adapter):
         """k, v → cat(P_k, k), cat(P_v, v); masks and biases let every query see the columns."""
         import torch
 
-        aten = torch.ops.aten
-        batch = edit.call(aten.sym_size.int, edit.argument(0), 0)
-        for position, name, size in ((1, "k", site.inp), (2, "v", site.out)):
-            table = self._table(edit, site, name, size)
-            rows = edit.dropout(edit.call(aten.expand.default, table, [batch, -1, -1, -1]), self.dropout)
-            edit.feed(edit.call(aten.cat.default, [rows, edit.argument(position)], 2))
-        if edit.has(3):
-            seen = edit.call(aten.new_ones.default, edit.argument(3), [batch, self.tokens])
-            edit.feed(edit.call(aten.cat.default, [seen, edit.argument(3)], 1))
-        if edit.has(4):
-            edit.feed(edit.call(aten.cat.default, [self._unbiased(edit, edit.argument(4)), edit.argument(4)], -1))
+        from surgeon import columns
 
-    def _unbiased(self, edit: Edit, bias: fx.Node) -> fx.Node:
-        """What a bias `[.., t, s]` has for the columns: nothing to add, or that they are seen."""
-        import torch
-
-        aten, value = torch.ops.aten, bias.meta["val"]
-        if value.shape[-1] == 1:
-            what = f"{self.name}: the attention's bias is one for all keys"
-            raise UnsupportedError(what, edit.site.path, "leave this attention out with --exclude")
-        fill = aten.zeros_like.default if value.is_floating_point() else aten.ones_like.default
-        one = edit.call(fill, edit.call(aten.slice.Tensor, bias, -1, 0, 1))
-        return edit.call(aten.expand.default, one, [-1] * (value.dim() - 1) + [self.tokens])
+        added = factor = None
+        if self.gated:
+            added, factor = columns.gate(edit, edit.param("gate", (site.heads, self.tokens), ZEROS))
+        k, v = self._table(edit, site, "k", site.inp), self._table(edit, site, "v", site.out)
+        if factor is not None:
+            v = edit.mul(v, edit.call(torch.ops.aten.unsqueeze.default, factor, -1))
+        dropout, hidden = self.dropout, self._hidden
+        columns.attach(edit, (k, v), dropout=dropout, hidden=hidden, biased=self.biased, added=added)
 
     def _table(self, edit: Edit, site: Site, name: str, size: int) -> fx.Node:
         """The columns `[h_kv, tokens, size]` of one attention."""
@@ -152,11 +188,12 @@ class Prefix(Adapter):
 
         shape = (site.heads, self.tokens, size)
         if not self.hidden:
-            return edit.param(name, shape, self.init)
+            return edit.param(name, shape, ZEROS if self._drawn() == ZEROS else NORMAL)
         bound = f"uniform:{self.hidden**-0.5}"
         features = edit.once(f"{site.role}_features", lambda trunk: self._features(trunk, site.role))
-        weight = edit.param(f"{name}_weight", (site.heads * size, self.hidden), bound if self.init == NORMAL else ZEROS)
-        bias = edit.param(f"{name}_bias", (site.heads * size,), bound if self.init == NORMAL else ZEROS)
+        last = ZEROS if self._drawn() == ZEROS else bound
+        weight = edit.param(f"{name}_weight", (site.heads * size, self.hidden), last)
+        bias = edit.param(f"{name}_bias", (site.heads * size,), last)
         rows = edit.call(torch.ops.aten.linear.default, features, weight, bias)
         split = edit.call(torch.ops.aten.view.default, rows, [self.tokens, site.heads, size])
         return edit.call(torch.ops.aten.transpose.int, split, 0, 1)
@@ -174,18 +211,44 @@ class Prefix(Adapter):
 
     def finish(self, graph: Graph, owner: str) -> None:
         """Tokens are numbered from `tokens` on; an encoder's keep their numbers where there is a decoder."""
-        from surgeon import positions
+        from surgeon import biases, positions
 
         super().finish(graph, owner)
+        biases.widen_trunk(graph, owner, self.tokens, every=self.biased)
         alone = "decoder_input_ids" not in graph.inputs
-        if "decoder" in self.roles or (alone and "encoder" in self.roles):
+        if not self.gated and ("decoder" in self.roles or (alone and "encoder" in self.roles)):
             positions.shift(graph, owner, self.tokens)
+
+    def initialise(self, graph: Graph, owner: str, seed: int, tokenizer: Any) -> None:
+        """Keys and values of a text, or the MLP that makes them."""
+        from surgeon.first_columns import FirstColumns, FirstFeatures, FirstWeight, TextColumns
+        from surgeon.sites import sites
+
+        if not self._drawn().startswith(TEXT):
+            return
+        read = TextColumns(self._drawn().removeprefix(TEXT), self.tokens, graph.copy(), owner, tokenizer)
+        for site in sites(graph, ATTENTION):
+            for word in ("k", "v"):
+                columns, name = FirstColumns(read, f"{site.path}.{word}"), site.tensor(owner, word)
+                if name in graph.inserted:
+                    graph.inserted[name] = columns
+                elif f"{name}_weight" in graph.inserted:
+                    shared = {
+                        part: graph.inserted[f"{owner}.{site.role}_{part}"] for part in ("table", "weight", "bias")
+                    }
+                    features, bias = FirstFeatures(**shared), graph.inserted[f"{name}_bias"]
+                    graph.inserted[f"{name}_weight"] = FirstWeight(columns, features, bias)
 
     def columns(self, params: Mapping[str, torch.Tensor], site: Site) -> Columns:
         """The columns as they are, or as the MLP makes them."""
+        from surgeon.columns import gate_of
         from surgeon.normal import Columns
 
-        return Columns(*(self._columns(params, site, name) for name in ("k", "v")))
+        k, v = self._columns(params, site, "k"), self._columns(params, site, "v")
+        if not self.gated:
+            return Columns(k, v, windowed=self._hidden)
+        bias, factor = gate_of(params["gate"], site)
+        return Columns(k, v * factor, bias, self._hidden)
 
     def _columns(self, params: Mapping[str, torch.Tensor], site: Site, name: str) -> torch.Tensor:
         import torch
@@ -197,10 +260,31 @@ class Prefix(Adapter):
         rows = torch.nn.functional.linear(features, params[f"{name}_weight"], params[f"{name}_bias"])
         return rows.unflatten(1, (site.heads, -1)).transpose(0, 1)
 
+    def final(self) -> Prefix:
+        """The columns themselves."""
+        import dataclasses
+
+        return dataclasses.replace(self, hidden=0, width=0, dropout=0.0)
+
     def params(self, form: Any, site: Site) -> dict[str, torch.Tensor]:
-        """The columns as they are."""
-        return {"k": form.k, "v": form.v}
+        """The columns as they are, behind a gate that is open as far as their bias says."""
+        if not self.gated:
+            return {"k": form.k, "v": form.v}
+        bias = form.k.new_zeros(site.queries, self.tokens) if form.column_bias is None else form.column_bias
+        return {"k": form.k, "v": form.v, "gate": bias.exp()[:: site.queries // site.heads].contiguous()}
 
     def peft_config(self, sites: Sequence[Site]) -> dict[str, Any]:
-        """PEFT's fields."""
-        return {"num_virtual_tokens": self.tokens, "encoder_hidden_size": self.hidden or None}
+        """PEFT's fields; its file has the columns and no MLP, which makes them a prefix without one."""
+        return {"encoder_hidden_size": None, "init_weights": None, "prefix_projection": False}
+
+    @property
+    def peft_lossy(self) -> bool:
+        """The MLP cannot be had back from the columns it makes."""
+        return bool(self.hidden)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> Prefix:
+        """PEFT's prefix of an encoder-decoder reaches the decoder's self-attention alone."""
+        both = config.get("task_type") == "SEQ_2_SEQ_LM" or config.get("num_transformer_submodules") == 2
+        sites = "decoder" if both else cls.sites
+        return cls(tokens=int(config["num_virtual_tokens"]), sites=sites, biased=True)

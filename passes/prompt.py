@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 TOKENS, PEFT = "tokens", "peft"
 ENCODER, DECODER, BOTH = "encoder", "decoder", "both"
 _FEW = "fewer --tokens"
+# Inits that are drawn, and how.
+_DRAWN = {"uniform": "uniform:0.5", "normal": "normal"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ class Prompt(Adapter):
         super().__post_init__()
         if self.tokens <= 0:
             raise UsageError(f"prompt: tokens is {self.tokens}", "--tokens", "at least 1, for example 20")
+        if self.init not in ("vocabulary", *_DRAWN) and not self.init.startswith(("text:", "labels:")):
+            known = ", ".join(("vocabulary", *_DRAWN, "text:…", "labels:a|b|…"))
+            raise UsageError(f"prompt: init is '{self.init}'", "--init", f"one of {known}")
         if self.side not in (ENCODER, DECODER, BOTH):
             raise UsageError(f"prompt: side is '{self.side}'", "--side", f"{ENCODER}, {DECODER} or {BOTH}")
         if self.layout not in (TOKENS, PEFT):
@@ -64,9 +69,9 @@ class Prompt(Adapter):
 
     def requires(self, graph: Graph) -> None:
         """Raise UsageError for more rows than the model has positions."""
-        from surgeon import virtual
+        from surgeon import positions
 
-        limit = virtual.position_limit(graph)
+        limit = positions.limit(graph)
         if limit and self.tokens >= limit:
             what = f"prompt: {self.tokens} virtual tokens leave no room for text"
             raise UsageError(what, f"{graph.config.model_type} has {limit} positions", _FEW)
@@ -90,6 +95,15 @@ class Prompt(Adapter):
         sides = {ENCODER: "input_ids", DECODER: "decoder_input_ids"}
         return [name for side, name in sides.items() if self.side in (side, BOTH)]
 
+    def virtual_tokens(self, graph: Graph) -> dict[str, int]:
+        """The rows, of each side asked for."""
+        return dict.fromkeys(self._inputs(graph), self.tokens)
+
+    def virtual_outputs(self, graph: Graph) -> int:
+        """The rows of the side that the outputs are of, in PEFT's layout."""
+        side = "decoder_input_ids" if "decoder_input_ids" in graph.inputs else "input_ids"
+        return self.virtual_tokens(graph).get(side, 0) if self.layout == PEFT else 0
+
     def cost(self, site: Site) -> Cost:
         """tokens · h parameters."""
         count = self.tokens * site.out
@@ -99,8 +113,19 @@ class Prompt(Adapter):
         """cat(rows, y), and everything that counts tokens."""
         from surgeon import virtual
 
-        rows = edit.param("rows", (self.tokens, site.out), "normal")
+        rows = edit.param("rows", (self.tokens, site.out), _DRAWN.get(self.init, "zeros"))
         virtual.prepend(edit, rows, self.tokens, whole=self.layout == PEFT)
+
+    def initialise(self, graph: Graph, owner: str, seed: int, tokenizer: Any) -> None:
+        """Rows of the base's embedding, where the option asks for them."""
+        from surgeon import virtual
+        from surgeon.first_rows import FirstRows
+
+        for name in [] if self.init in _DRAWN else self._inputs(graph):
+            site = virtual.token_embedding(graph, name)
+            assert site is not None
+            full = site.tensor(owner, "rows")
+            graph.inserted[full] = FirstRows(self.init, graph, site, self.tokens, seed, full, tokenizer)
 
     def rows(self, params: Mapping[str, torch.Tensor], site: Site) -> torch.Tensor:
         """The rows as they are."""
@@ -121,6 +146,13 @@ class Prompt(Adapter):
             "tokenizer_name_or_path": None,
             "tokenizer_kwargs": None,
         }
+
+    def peft_unfit(self, task: str) -> str:
+        """PEFT prompts encoders, and leaves the rows in what heads see."""
+        if self.side != ENCODER:
+            return "its rows stand before the tokens of the encoder"
+        cut = self.layout == TOKENS and task not in ("causal-lm", "seq2seq-lm")
+        return "it leaves the rows in the outputs: layout=peft" if cut else ""
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Prompt:

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from surgeon.remote_code import trust_remote_code
+
 if TYPE_CHECKING:
     from surgeon.api import apply, export, load, merge, plan, verify
 
-__all__ = ["apply", "export", "load", "merge", "plan", "verify"]
+__all__ = ["apply", "export", "load", "merge", "plan", "trust_remote_code", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,17 @@ import transformers
 
 from surgeon import run, store
 from surgeon.errors import UsageError
+from surgeon.fold import fold, folds
 from surgeon.graph import Graph
+from surgeon.lower.bake import Baked
+from surgeon.lower.bake import bake as bake_folder
 from surgeon.lower.merge import Merged
 from surgeon.lower.merge import merge as merge_folder
 from surgeon.model import SurgeonModel, load_model
 from surgeon.passes import make
 from surgeon.passes.base import Pass
+from surgeon.ranks import at_rank
+from surgeon.remote_code import code_refused, is_trusted
 from surgeon.source import Source, open_graph, open_source
 from surgeon.verification import Comparison, compare, make_probes
 
@@ -62,7 +68,8 @@ def apply(
         graph, tokenizer = base.trained(), base.tokenizer
     else:
         graph, tokenizer = read(base, task, labels=labels, seed=seed), tokenizer_of(base)
-    model = load_model(run.apply(graph, _step(method, options), seed=seed), dtype=dtype)
+    applied = run.apply(graph, _step(method, options), seed=seed, tokenizer=tokenizer)
+    model = load_model(applied, dtype=dtype)
     model.tokenizer = tokenizer
     return model
 
@@ -74,6 +81,7 @@ def load(
     base: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    rank: int | None = None,
 ) -> SurgeonModel:
     """A work folder, a PEFT adapter folder or a plain checkpoint as a model that runs, trains and generates.
 
@@ -83,8 +91,9 @@ def load(
         base: the base, where the folder's own record of it no longer holds.
         dtype: the dtype of the model; None keeps the checkpoint's.
         device: where its tensors go.
+        rank: of adapters that have every rank (DyLoRA); their highest if not given.
     """
-    graph = read(folder, task, base)
+    graph = read(folder, task, base, rank=rank)
     model = load_model(graph, dtype=dtype, device=device)
     model.tokenizer = tokenizer_of(folder) or tokenizer_of(graph.source)
     return model
@@ -97,15 +106,24 @@ def read(
     *,
     labels: Sequence[str] = (),
     seed: int = 0,
+    rank: int | None = None,
 ) -> Graph:
     """The graph of a work folder, a PEFT adapter folder or a plain checkpoint, with values.
 
-    `labels` and `seed` are for plain checkpoints: the classes and the first values of a new head.
+    `labels` and `seed` are for plain checkpoints: the classes and the first values of a new head. `rank` is that of
+    adapters that have every rank.
     """
+    graph = _opened(folder, task, base, labels, seed)
+    return graph if rank is None else at_rank(graph, rank)
+
+
+def _opened(folder: str | Path, task: str | None, base: str | Path | None, labels: Sequence[str], seed: int) -> Graph:
     if store.is_work_folder(folder):
         return store.load(folder, base)
     if store.is_adapter_folder(folder):
         return store.load_adapter(folder, base)
+    if store.has_rest(folder):
+        return store.load(Path(folder, store.REST), folder)
     return open_graph(open_source(folder, task, labels=labels), seed=seed)
 
 
@@ -117,15 +135,21 @@ def merge(
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
     verify: bool = True,
+    strict: bool = False,
+    rank: int | None = None,
     progress: Any = None,
 ) -> Merged:
     """Fold the adapters of a work folder or PEFT adapter folder into a plain Hugging Face checkpoint, and prove it.
 
+    Virtual tokens do not fold: they are written beside the weights, and `surgeon.load(out)` puts them on again.
+    With `strict` they are refused.
+
     Raises:
         CheckFailed: what would be written does not compute what the adapted model computes.
-        UsageError: there is nothing to merge.
+        UsageError: there is nothing to merge, or `rank` is not one the adapters were trained at.
     """
     graph = work.trained() if isinstance(work, SurgeonModel) else read(work, base=base)
+    graph = graph if rank is None else at_rank(graph, rank)
     if not graph.applied:
         raise UsageError(
             "there is nothing to merge: this is a plain checkpoint", str(work), "give a work or adapter folder"
@@ -138,9 +162,31 @@ def merge(
         overwrite=overwrite,
         dtype=dtype,
         verify=verify,
+        strict=strict,
         tokenizer=tokenizer_of(source.folder),
         progress=progress,
     )
+
+
+def bake(
+    work: str | Path | SurgeonModel, out: str | Path, *, base: str | Path | None = None, overwrite: bool = False
+) -> Baked:
+    """Write the base of a prompt with the prompt's rows as new words of its vocabulary, and prove it.
+
+    What folds into weights is merged before.
+
+    Raises:
+        CheckFailed: what would be written does not compute what the prompted model computes.
+        UnsupportedError: what does not fold is not one prompt that words can stand for.
+    """
+    graph = work.trained() if isinstance(work, SurgeonModel) else read(work, base=base)
+    source = base_of(graph)
+    with tempfile.TemporaryDirectory(prefix=".bake-", dir=Path(out).absolute().parent) as place:
+        if folds(graph):
+            merge_folder(graph, source, Path(place, "merged"), tokenizer=tokenizer_of(source.folder))
+            graph = read(Path(place, "merged"))
+        tokenizer, name = tokenizer_of(source.folder), source.name
+        return bake_folder(graph, base_of(graph), out, tokenizer=tokenizer, base=name, overwrite=overwrite)
 
 
 def export(work: str | Path, out: str | Path, *, target: str = "onnx", **options: Any) -> Any:
@@ -157,9 +203,7 @@ def verify(first: str | Path, second: str | Path, *, task: str | None = None) ->
     coarser = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     tokenizer = tokenizer_of(reference.source) or tokenizer_of(candidate.source)
     rounded = None
-    if any(isinstance(step, Pass) for step in reference.applied) and not candidate.applied:
-        from surgeon.fold import fold
-
+    if folds(reference) and not folds(candidate):
         rounded = fold(reference)
     return compare(reference, candidate, probes=make_probes(reference, tokenizer), rounded=rounded, dtype=coarser)
 
@@ -182,7 +226,8 @@ def tokenizer_of(folder: str | Path) -> Any:
     """The tokenizer of a folder, or None if it has none."""
     if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
         return None
-    return transformers.AutoTokenizer.from_pretrained(folder)
+    with code_refused(Path(folder)):
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=is_trusted())
 
 
 def _step(method: str | Pass, options: dict[str, Any]) -> Pass:

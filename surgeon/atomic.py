@@ -20,6 +20,7 @@ from pathlib import Path
 from surgeon.errors import SurgeonError, UsageError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # all that NumPy's tofile says, without an errno
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -90,7 +91,7 @@ def full_disk(target: Path, need: int | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in FULL and not _SHORT_WRITE.fullmatch(str(error)):
             raise
         wanted = f"{need:,} bytes are needed in all" if need is not None else "free some room"
         hint = f"{wanted}; nothing was changed, so the command can be repeated, there or on another disk"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from transformers import PreTrainedModel
@@ -17,6 +18,19 @@ def materialise_buffers(model: PreTrainedModel) -> None:
     The values are computed by the model's own `_init_weights`, as `from_pretrained` does it.
     """
     _initialise(model, [])
+
+
+def transient(model: PreTrainedModel) -> Callable[[str], torch.Tensor | None]:
+    """Full name → the value of a non-persistent buffer of a meta model, computed when first asked for; else None."""
+
+    @functools.cache
+    def values() -> dict[str, torch.Tensor]:
+        scratch = copy.deepcopy(model)
+        materialise_buffers(scratch)
+        return {name: buffer.detach() for name, buffer in scratch.named_non_persistent_buffers()}
+
+    names = {name for name, _ in model.named_non_persistent_buffers()}
+    return lambda name: values()[name] if name in names else None
 
 
 def initialise_missing(model: PreTrainedModel, names: Iterable[str], seed: int) -> dict[str, torch.Tensor]:

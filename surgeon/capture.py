@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import itertools
 from dataclasses import dataclass
@@ -18,22 +19,34 @@ import transformers
 from torch import nn
 
 from surgeon import cleanup, interface, ops
+from surgeon.buffers import transient
 from surgeon.errors import SurgeonError, UnsupportedError
 from surgeon.graph import Graph
 from surgeon.layers import LayerTracer, Retrace
 from surgeon.program import FIXED_LENGTH, LOOPS, NOISY, Trace, assemble, check_lengths, check_noise, lifted, reason
+from surgeon.recognise import recognise
+from surgeon.recognise_values import Buffers
+from surgeon.remote_code import is_trusted
 from surgeon.split import split
 from surgeon.tasks import TASKS, Task, find_task
 from surgeon.tracing import literals, quiet, silence_noise
 
 assert ops  # registers the operators
-_BATCH = 2
+_MIXED = "expected scalar type"  # torch's words for a product of two dtypes
+_BATCH, _CHOICES = 2, 3
+# Their code for multiple choice takes positions and does not flatten them, as it does all else.
+_COUNT_THEMSELVES = ("distilbert",)
 # Models that work in chunks of tokens need more than one chunk before their arithmetic shows for any length.
 _LENGTHS = (5, 67, 1031)
 
 
-def build(config: transformers.PretrainedConfig, task: Task, attention: str) -> transformers.PreTrainedModel:
-    """The model on the meta device, in the dtype of the trace, with every attention routed to `attention`."""
+def build(
+    config: transformers.PretrainedConfig, task: Task, attention: str, *, uniform: bool = False
+) -> transformers.PreTrainedModel:
+    """The model on the meta device, in the dtype of the trace, with every attention routed to `attention`.
+
+    `uniform` also casts parameters that the model's code makes in fp32, as loading its checkpoint does.
+    """
     auto = getattr(transformers, task.auto_class)
     with torch.device("meta"):
         model: transformers.PreTrainedModel = auto.from_config(
@@ -41,10 +54,13 @@ def build(config: transformers.PretrainedConfig, task: Task, attention: str) -> 
             attn_implementation=attention,
             experts_implementation=interface.NAME,
             dtype=cleanup.TRACE_DTYPE,
+            trust_remote_code=is_trusted(),
         )
     model.tie_weights()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+        if uniform and parameter.is_floating_point():
+            parameter.data = parameter.data.to(cleanup.TRACE_DTYPE)
     return model
 
 
@@ -63,18 +79,15 @@ def capture_config(
     """
     kind = task if isinstance(task, Task) else find_task(task, config.architectures, config.model_type)
     reasons: list[str] = []
-    for way in itertools.starmap(_Way, itertools.product(("surgeon", "sdpa", "eager"), _LENGTHS, (True, False))):
+    choices = (("surgeon", "sdpa", "eager"), _LENGTHS, (True, False), (False, True))
+    for way in itertools.starmap(_Way, itertools.product(*choices)):
         if not way.answers(reasons[-1] if reasons else ""):
             continue
         attention = way.attention
         with quiet(), contextlib.suppress(_NotThisWay):
             model, trace = _traced(config, kind, way, share_layers, reasons)
-            notes = list(trace.notes)
-            if attention != "surgeon":
-                notes += [f"attention captured as {attention}", *dict.fromkeys(reasons)]
-            elif not trace.attentions:
-                notes.append("attention captured as it is: none goes through transformers' attention interface")
-            return assemble(model, config, kind.name, trace, notes)
+            graph = assemble(model, config, kind.name, trace, list(trace.notes))
+            return graph if trace.attentions else _with_attention(graph, transient(model), attention, reasons)
     raise UnsupportedError(
         f"cannot capture {config.model_type} for {kind.name}: {reasons[0]}",
         type(config).__name__,
@@ -82,20 +95,32 @@ def capture_config(
     )
 
 
+def _with_attention(graph: Graph, buffers: Buffers, attention: str, reasons: list[str]) -> Graph:
+    """A graph of an architecture with attention code of its own, with that code as nodes or with a note why not."""
+    found, why = recognise(graph, buffers)
+    code = "own" if attention == interface.NAME else attention
+    if not why:
+        return dataclasses.replace(found, notes=(*graph.notes, f"attention recognised in its {code} code"))
+    refused = f"attention captured as it is, in its {code} code: {why}"
+    return dataclasses.replace(graph, notes=(*graph.notes, refused, *dict.fromkeys(reasons)))
+
+
 @dataclass(frozen=True)
 class _Way:
-    """One way to trace: attention implementation, tokens of the example, and whether in training mode."""
+    """One way to trace: attention implementation, tokens of the example, training mode, and `build`'s uniform dtype."""
 
     attention: str
     length: int
     training: bool
+    uniform: bool
 
     def answers(self, why: str) -> bool:
         """Whether to try this way after the one before it failed with `why`."""
         longer, quieter = self.length != _LENGTHS[0], not self.training
         if why.startswith(LOOPS):
             return False
-        return (not longer or why.startswith(FIXED_LENGTH)) and (not quieter or why.startswith(NOISY))
+        cast = not self.uniform or _MIXED in why
+        return cast and (not longer or why.startswith(FIXED_LENGTH)) and (not quieter or why.startswith(NOISY))
 
 
 class _NotThisWay(Exception):
@@ -108,7 +133,7 @@ def _traced(
     private: set[str] = set()
     try:
         while True:
-            model = build(config, task, way.attention)
+            model = build(config, task, way.attention, uniform=way.uniform)
             before = len(private)
             try:
                 return model, _export(model, task, way, share, private)
@@ -124,13 +149,17 @@ def _traced(
 
 
 def example_inputs(model: nn.Module, task: Task, length: int = _LENGTHS[0]) -> dict[str, torch.Tensor]:
-    """Meta inputs of two rows of `length` tokens for every tensor input surgeon feeds; encoders get two tokens more."""
+    """Meta inputs of two rows of `length` tokens for every tensor input surgeon feeds; encoders get two tokens more.
+
+    Multiple choice has rows of three choices, `[2, 3, length]`.
+    """
     accepted = inspect.signature(model.forward).parameters
     # Classifiers make the decoder's ids themselves, from the encoder's.
     seq2seq = bool(getattr(model.config, "is_encoder_decoder", False)) and "classification" not in task.name
 
     def ids(columns: int) -> torch.Tensor:
-        return torch.zeros(_BATCH, columns, dtype=torch.long, device="meta")
+        shape = (_BATCH, _CHOICES, columns) if task.name == "multiple-choice" else (_BATCH, columns)
+        return torch.zeros(shape, dtype=torch.long, device="meta")
 
     inputs = {"input_ids": ids(length + 2 if seq2seq else length)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -141,7 +170,8 @@ def example_inputs(model: nn.Module, task: Task, length: int = _LENGTHS[0]) -> d
     else:
         for name in ("position_ids", "token_type_ids"):
             typed = bool(getattr(model.config, "type_vocab_size", None))
-            if name in accepted and (name == "position_ids" or typed):
+            counts = task.name == "multiple-choice" and getattr(model.config, "model_type", "") in _COUNT_THEMSELVES
+            if name in accepted and (typed if name == "token_type_ids" else not counts):
                 inputs[name] = ids(length)
     return {name: value for name, value in inputs.items() if name in accepted}
 
@@ -161,7 +191,7 @@ def _export(model: transformers.PreTrainedModel, task: Task, way: _Way, share: b
     model.__dict__["forward"] = traced
     parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in inputs]
     traced.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    dynamic = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in inputs}
+    dynamic = {name: dict.fromkeys(range(x.dim()), torch.export.Dim.DYNAMIC) for name, x in inputs.items()}
     tracer = LayerTracer(model, share=share, private=private)
     with interface.recording() as record, tracer, torch.no_grad(), literals():
         program = torch.export.export(model, (), inputs, dynamic_shapes=dynamic, strict=False)
@@ -177,6 +207,6 @@ def _export(model: transformers.PreTrainedModel, task: Task, way: _Way, share: b
         raise UnsupportedError(f"the model returns no {missing[0]}", type(model).__name__)
     graph, constants = lifted(program)
     cleanup.clean(graph)
-    cut = split(graph, {kind.path: kind.followers for kind in tracer.kinds.values()})
+    cut = split(graph, {kind.path: kind.followers for kind in tracer.kinds.values()}, tracer.runs)
     attentions = sum(node.target is torch.ops.surgeon.attention.default for node in graph.nodes)
     return Trace(cut, tuple(names), (*notes, *record.notes), constants, attentions)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from surgeon.graph import Graph
 from surgeon.manifest import Manifest
+from surgeon.passes.base import Adapter
 
 FILE = "README.md"
 
@@ -34,12 +35,18 @@ def render(graph: Graph, record: Manifest) -> str:
         'model = surgeon.load("this/folder")',
         "```",
         "",
-        "`surgeon merge this/folder -o merged/` folds it into a plain checkpoint.",
+        _merging(graph),
         *_peft(record),
         "",
         "Saved with " + ", ".join(f"{name} {version}" for name, version in record.versions.items()) + ".",
     ]
     return "\n".join([*head, *body]) + "\n"
+
+
+def _merging(graph: Graph) -> str:
+    virtual = any(isinstance(step, Adapter) and not step.folds for step in graph.applied)
+    kept = "; virtual tokens stay an adapter beside it, in `merged/adapter`" if virtual else ""
+    return f"`surgeon merge this/folder -o merged/` folds it into a plain checkpoint{kept}."
 
 
 def _tags(record: Manifest) -> list[str]:

@@ -142,7 +142,8 @@ def _shards(folder: Path) -> tuple[Shard, ...]:
         )
         what = "the weights are a pickle, which can run code and is never loaded"
         raise UsageError(what, str(folder / pickles[0]), hint)
-    raise UsageError("the folder has no weights", str(folder), f"{SINGLE} or {INDEX} is needed beside config.json")
+    hint = f"{SINGLE} or {INDEX} is needed beside config.json; of a hub id nothing else is downloaded"
+    raise UsageError("the folder has no weights", str(folder), hint)
 
 
 def _indexed(folder: Path) -> tuple[Shard, ...]:

@@ -6,10 +6,7 @@ parameters for every layer that shares the graph.
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,41 +16,10 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from surgeon import wiring
 from surgeon.errors import UnsupportedError
 from surgeon.graph import Graph, Tag, TensorSpec, path_of, tag
-from surgeon.sites import Site, _weights, argument_of, input_position, source_of
+from surgeon.initial import Init, Initial
+from surgeon.sites import GIVEN, Site, _weights, argument_of, has_argument, input_position, source_of
 
 aten = torch.ops.aten
-Init = str | Callable[[], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Initial:
-    """A tensor's first value: the same on every machine for the same seed and name.
-
-    Kinds: "zeros", "ones", "kaiming" U(−1/√in, 1/√in) with `in` the last axis, "normal" N(0, 1), "normal:<x>" N(0, x²),
-    "gaussian" N(0, 1/r²) with r the first axis, "uniform:<x>" U(−x, x), "constant:<x>".
-    """
-
-    kind: str
-    shape: tuple[int, ...]
-    seed: int
-    name: str
-
-    def __call__(self) -> torch.Tensor:
-        """Draw it."""
-        if self.kind == "zeros":
-            return torch.zeros(self.shape)
-        if self.kind == "ones":
-            return torch.ones(self.shape)
-        if self.kind.startswith("constant:"):
-            return torch.full(self.shape, float(self.kind.removeprefix("constant:")))
-        digest = hashlib.sha256(f"{self.seed}/{self.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        if self.kind == "kaiming" or self.kind.startswith("uniform:"):
-            given = self.kind.partition(":")[2]
-            bound = float(given) if given else 1 / math.sqrt(self.shape[-1])
-            return torch.empty(self.shape).uniform_(-bound, bound, generator=generator)
-        std = 1 / self.shape[0] if self.kind == "gaussian" else float(self.kind.partition(":")[2] or 1)
-        return torch.empty(self.shape).normal_(0, std, generator=generator)
 
 
 class Edit:
@@ -109,7 +75,7 @@ class Edit:
 
     def has(self, position: int) -> bool:
         """Whether the model gives the site's node this argument."""
-        return position < len(self.node.args) and isinstance(self.node.args[position], fx.Node)
+        return has_argument(self.node, position)
 
     @property
     def below(self) -> str:
@@ -262,14 +228,38 @@ class Edit:
         node.meta["surgeon"] = Tag(self.owner, self.node.name, input=True)
         source, made = source_of(node), self._made_for(node)
         readers = [user for user in source.users if user not in made and (user is self.node or self._is_here(user))]
+        self._place(made, min(readers))
+        for user in readers:
+            user.replace_input_with(source, node)
+        self._cursor = self._last_written()
+
+    def give(self, position: int, node: fx.Node) -> None:
+        """An optional argument of the site's node that the model does not give it."""
+        count, args = len(self.node.args), list(self.node.args)
+        self._place(self._made_for(node), self.node)
+        self.node.args = (*args, *[None] * (position + 1 - count))
+        self.node.update_arg(position, node)
+        self._note(position, count)
+        self._cursor = self._last_written()
+
+    def raise_by(self, keyword: str, amount: int) -> None:
+        """A number among the keywords of the site's node, 0 if the model does not give it, made larger."""
+        self.node.kwargs = {**self.node.kwargs, keyword: self.node.kwargs.get(keyword, 0) + amount}
+        self._note(keyword, amount)
+
+    def _note(self, key: int | str, undo: int) -> None:
+        self.node.meta[GIVEN] = (*self.node.meta.get(GIVEN, ()), (self.owner, key, undo))
+
+    def _place(self, made: Collection[fx.Node], first: fx.Node) -> None:
+        """Write nodes before the first that reads them."""
         position = {other: number for number, other in enumerate(self.part.nodes)}
-        first = min(readers, key=position.__getitem__)
         for other in sorted(made, key=position.__getitem__):
             if position[other] > position[first]:
                 first.prepend(other)
-        for user in readers:
-            user.replace_input_with(source, node)
-        self._cursor = self.y
+
+    def _last_written(self) -> fx.Node:
+        """Where to write on: after what this pass wrote behind the site and has not fed it yet."""
+        return max([self.y, *(node for node in self.part.nodes if self._is_here(node, self.owner))])
 
     def _made_for(self, node: fx.Node) -> set[fx.Node]:
         """The node and what this pass wrote at this site to make it."""

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from surgeon.data import Collator
 from surgeon.errors import CheckFailed, UsageError
+from surgeon.evaluate_tasks import TaskReport, evaluate_examples
+from surgeon.examples import Examples
 from surgeon.loss import IGNORE
-from surgeon.render import Rendered, load_data
+from surgeon.render import Rendered
+from surgeon.samples import Data, samples_for
 
 ROWS = 512
 """Logit rows turned into fp32 at once."""
@@ -34,20 +37,26 @@ class EvalReport:
 def evaluate(
     model: torch.nn.Module,
     tokenizer: Any,
-    data: Rendered | str | Path,
+    data: Data | str | Path,
     *,
     batch_size: int = 8,
     max_length: int | None = None,
     precision: str = "fp32",
-) -> EvalReport:
-    """The mean negative log-likelihood over the trained tokens of `data` (a file or rendered samples).
+    generate: bool = False,
+) -> EvalReport | TaskReport:
+    """The mean negative log-likelihood over the trained tokens of `data` (a file or samples); other tasks' metrics.
 
     Runs in evaluation mode, draws no random numbers, and leaves the model in the mode it was in. `precision` "bf16"
-    runs the forward pass under autocast. Raises UsageError for bad data, CheckFailed if the loss is not finite.
+    runs the forward pass under autocast; `generate` also compares what a seq2seq model writes. Raises UsageError for
+    bad data, CheckFailed if the loss is not finite.
     """
     if batch_size < 1:
         raise UsageError(f"a batch of {batch_size} samples is empty", "batch_size", "use at least 1")
-    rendered = data if isinstance(data, Rendered) else load_data(data, tokenizer, max_length)
+    rendered = samples_for(model, tokenizer, data, max_length)
+    if isinstance(rendered, Examples):
+        return evaluate_examples(
+            model, tokenizer, rendered, batch_size=batch_size, precision=precision, generate=generate
+        )
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()

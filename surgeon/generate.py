@@ -14,26 +14,30 @@ from typing import Any
 import torch
 from torch import fx, nn
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
-from surgeon import module, run
+from surgeon import module, numbering, run, virtual
+from surgeon.caches import TextCache, read, write
 from surgeon.errors import UnsupportedError, UsageError
 from surgeon.graph import Graph
 from surgeon.head import find_head
 from surgeon.module import GraphModule
 from surgeon.passes import make
-from surgeon.wiring import inputs_of
 
 _cached: weakref.WeakKeyDictionary[fx.Graph, dict[str, Graph | None]] = weakref.WeakKeyDictionary()
 
 
 def cached_graph(graph: Graph, phase: str = "both") -> Graph | None:
-    """The graph with a K/V cache, made once per graph; None for a model that cannot have one."""
+    """The graph with a K/V cache, made once per graph; None for a model that cannot have one.
+
+    In a step virtual tokens are in the cache, and no longer in the graph.
+    """
     known = _cached.setdefault(graph.trunk, {})
     if phase not in known:
         try:
-            known[phase] = run.apply(graph, make("kv_cache", phase=phase))
+            known[phase] = run.apply(
+                virtual.afterwards(graph) if phase == "step" else graph, make("kv_cache", phase=phase)
+            )
         except UnsupportedError:
             known[phase] = None
     return known[phase]
@@ -63,11 +67,14 @@ class Generator(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     _supports_sdpa = True
 
+    ids = "input_ids"
+
     def __init__(self, loaded: GraphModule, *phases: str) -> None:
         config = copy.deepcopy(loaded.graph.config)
         config._attn_implementation = config._experts_implementation = "eager"  # the graph has its own
         super().__init__(config)
         self.generation_config = _generation_config(loaded.graph)
+        self.virtual = virtual.count(loaded.graph, self.ids)
         graphs = [cached_graph(loaded.graph, phase) for phase in phases]
         self.has_cache = all(graph is not None for graph in graphs)
         found = graphs if self.has_cache else [loaded.graph]
@@ -95,14 +102,25 @@ class Generator(PreTrainedModel, GenerationMixin):
 
     def new_cache(self) -> Any:
         """An empty cache."""
-        return DynamicCache()
+        return TextCache(self.virtual)
+
+    def length(self, cache: Any) -> int:
+        """How many tokens of the text a cache holds.
+
+        Raises:
+            UsageError: it is not `new_cache()`, and would count virtual tokens among them.
+        """
+        if self.virtual and not isinstance(getattr(cache, "self_attention_cache", cache), TextCache):
+            raise UsageError("this cache counts virtual tokens as text", "past_key_values", "model.new_cache()")
+        found: int = cache.get_seq_length()
+        return found
 
 
 class CausalGenerator(Generator):
-    """A decoder: one graph for the prompt and for every token after it."""
+    """A decoder: one graph for the text and for every token after it, or two if the text begins with virtual tokens."""
 
     def __init__(self, loaded: GraphModule) -> None:
-        super().__init__(loaded, "both")
+        super().__init__(loaded, *(("prefill", "step") if virtual.count(loaded.graph) else ("both",)))
 
     def forward(
         self,
@@ -114,25 +132,28 @@ class CausalGenerator(Generator):
         logits_to_keep: int = 0,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits `[b, t or logits_to_keep, vocab]` of new tokens after those in the cache, which grows by them."""
-        runner: Any = self.runners[0]
+        """Logits `[b, t or logits_to_keep, vocab]` of new tokens after those in the cache, which grows by them.
+
+        A model with virtual tokens numbers the text itself.
+        """
         cache = past_key_values if past_key_values is not None else self.new_cache()
         batch, new = input_ids.shape
-        total = cache.get_seq_length() + new
-        if attention_mask is None:
-            attention_mask = input_ids.new_ones(batch, total)
-        if position_ids is None:
-            position_ids = torch.arange(total - new, total, device=input_ids.device)[None]
+        past = self.length(cache)
+        runner: Any = self.runners[1 if past and self.virtual else 0]
+        mask = input_ids.new_ones(batch, past + new) if attention_mask is None else attention_mask
+        if position_ids is None or self.virtual:
+            position_ids = numbering.default(runner.graph, mask, virtual=self.virtual)[:, past:]
+            position_ids = position_ids + (self.virtual if past else 0)
         given = {
             "input_ids": input_ids,
-            "attention_mask": attention_mask,
+            "attention_mask": virtual.in_front(mask, self.virtual if past else 0),
             "position_ids": position_ids.expand(batch, new),
             "token_type_ids": torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids,
-            **_read(runner, {"": cache}, batch),
+            **read(runner, {"": cache}, batch),
         }
         logits, results = _logits(runner, given, logits_to_keep)
         if self.has_cache:
-            _write(results, {"": cache})
+            write(results, {"": cache})
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
 
@@ -148,8 +169,11 @@ class _Deferred(nn.Module):
 class Seq2SeqGenerator(Generator):
     """An encoder-decoder: one graph for the source and the first tokens, another for every token after them."""
 
+    ids = "decoder_input_ids"
+
     def __init__(self, loaded: GraphModule) -> None:
         super().__init__(loaded, "prefill", "step")
+        self.virtual_source = virtual.count(loaded.graph)
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
         """See `_Deferred`."""
@@ -157,7 +181,7 @@ class Seq2SeqGenerator(Generator):
 
     def new_cache(self) -> Any:
         """Keys and values of the decoder's tokens, and of the encoder's states."""
-        return EncoderDecoderCache(DynamicCache(), DynamicCache())
+        return EncoderDecoderCache(TextCache(self.virtual), DynamicCache())
 
     def forward(
         self,
@@ -173,21 +197,22 @@ class Seq2SeqGenerator(Generator):
         source = input_ids if input_ids is not None else encoder_outputs[0]
         assert decoder_input_ids is not None
         cache = past_key_values if past_key_values is not None else self.new_cache()
-        past = cache.get_seq_length()
+        past = self.length(cache)
         runner: Any = self.runners[1 if past else 0]
         batch, new = decoder_input_ids.shape
+        mask = torch.ones_like(source) if attention_mask is None else attention_mask
         if decoder_attention_mask is None:
             decoder_attention_mask = decoder_input_ids.new_ones(batch, past + new)
         parts = {"decoder.": cache.self_attention_cache, "encoder.": cache.cross_attention_cache}
         given = {
             "input_ids": source,
-            "attention_mask": torch.ones_like(source) if attention_mask is None else attention_mask,
+            "attention_mask": virtual.in_front(mask, self.virtual_source if past else 0),
             "decoder_input_ids": decoder_input_ids,
-            "decoder_attention_mask": decoder_attention_mask,
-            **_read(runner, parts, batch),
+            "decoder_attention_mask": virtual.in_front(decoder_attention_mask, self.virtual if past else 0),
+            **read(runner, parts, batch),
         }
         logits, results = _logits(runner, given, 0)
-        _write(results, parts)
+        write(results, parts)
         return Seq2SeqLMOutput(logits=logits, past_key_values=past_key_values)
 
 
@@ -206,42 +231,3 @@ def _logits(runner: GraphModule, given: dict[str, Any], keep: int) -> tuple[torc
     results = dict(zip(runner.graph.outputs, outputs, strict=True))
     last = results["logits"][:, -keep:] if keep else results["logits"]
     return (head.logits(runner, last) if head else last), results
-
-
-def _read(runner: GraphModule, caches: dict[str, DynamicCache], batch: int) -> dict[str, torch.Tensor]:
-    """The cache's keys and values under the names of the graph's inputs; empty ones where there are none yet."""
-    given = {}
-    for name, node in zip(runner.graph.inputs, inputs_of(runner.graph.trunk), strict=True):
-        if name.startswith("past_key_values."):
-            layers, number, word = _slot(name, caches)
-            if number < len(layers) and layers[number].is_initialized:
-                given[name] = layers[number].keys if word == "key" else layers[number].values
-            else:
-                _, heads, _, size = node.meta["val"].shape
-                shape = (batch, heads, 0, size)
-                given[name] = torch.empty(shape, dtype=runner.model_dtype, device=runner.model_device)
-    return given
-
-
-def _write(results: dict[str, torch.Tensor], caches: dict[str, DynamicCache]) -> None:
-    """The graph's outputs become the cache; what a graph does not return (the encoder's in a step) stays."""
-    for name, keys in results.items():
-        if name.startswith("present.") and name.endswith(".key"):
-            layers, number, _ = _slot(name, caches)
-            while len(layers) <= number:
-                layers.append(DynamicLayer())
-            values = results[name.removesuffix("key") + "value"]
-            if not layers[number].is_initialized:
-                layers[number].lazy_initialization(keys, values)
-            layers[number].keys, layers[number].values = keys, values
-
-
-def _slot(name: str, caches: dict[str, DynamicCache]) -> tuple[list[Any], int, str]:
-    """(layers of the cache, index, "key" or "value") of an input or output of the graph."""
-    _, number, *kind, word = name.split(".")
-    layers = caches["".join(f"{part}." for part in kind)].layers
-    if any(type(layer) is not DynamicLayer for layer in layers):
-        raise UsageError(
-            "this cache drops tokens or has a fixed size", "past_key_values", "an empty DynamicCache(), without config"
-        )
-    return layers, int(number), word

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 
 from surgeon.labels import LABELLED
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 HEADED = ("sequence-classification", "token-classification", "question-answering", "multiple-choice")
 """The tasks whose models are an encoder or decoder with a small head of their own."""
+_OUTPUTS = {"classifier", "score", "classification_head"}
 
 
 def head_modules(graph: Graph) -> tuple[str, ...]:
@@ -60,7 +63,29 @@ def head_config(graph: Graph) -> dict[str, Any]:
     if graph.task in LABELLED:
         found["id2label"] = {str(number): name for number, name in config.id2label.items()}
         found["label2id"] = dict(config.label2id)
+    if graph.task == "sequence-classification" and config.pad_token_id is not None:
+        found["pad_token_id"] = config.pad_token_id
     return found | ({"problem_type": config.problem_type} if config.problem_type else {})
+
+
+def classes_in(tensors: Mapping[str, torch.Tensor]) -> int:
+    """How many classes the head saved in an adapter's file has, 0 if it has no head."""
+    names = [key for key in tensors if key.endswith(".weight") and _OUTPUTS & set(key.split("."))]
+    matrices = [tensors[name] for name in sorted(names) if tensors[name].dim() == 2]
+    return min((len(matrix) for matrix in matrices), default=0)
+
+
+def trained_in(graph: Graph, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The modules of the head that an adapter's file has other values for than the base."""
+    found: dict[str, None] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix("base_model.").removeprefix("model.")
+        root = name.partition(".")[0]
+        if root in head_modules(graph) and name in graph.values:
+            own = graph.values[name]
+            if own.shape != tensor.shape or not torch.equal(tensor.to(own.dtype), own):
+                found[root] = None
+    return list(found)
 
 
 def relabelled(graph: Graph, labels: tuple[str, ...], seed: int = 0) -> Graph:

@@ -153,7 +153,7 @@ def _experts(
     states = _through(module, first, hidden_states[order // each], ids)
     states = module._apply_gate(states) if module.has_gate else module.act_fn(states)
     states = _through(module, "down_proj", states, ids)
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):  # older transformers do not set it
         states = module.post_expert_norm(states)
     states = states * top_k_weights.reshape(-1)[order][:, None]
     states = states[torch.argsort(order)].view(-1, each, hidden_states.shape[-1]).sum(1)

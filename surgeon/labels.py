@@ -114,6 +114,11 @@ def chosen(rows: Sequence[Row], config: Any, task: str, *, open_head: bool) -> t
     return found
 
 
+def placeholders(count: int) -> tuple[str, ...]:
+    """What transformers calls classes it has no names for."""
+    return tuple(f"LABEL_{number}" for number in range(count))
+
+
 def parse_labels(text: str, task: str) -> tuple[str, ...]:
     """Class names as written on a command line: `neg,pos`, a number of classes, or a data file to take them from."""
     from pathlib import Path
@@ -121,7 +126,7 @@ def parse_labels(text: str, task: str) -> tuple[str, ...]:
     from surgeon.data import load_rows
 
     if text.isdecimal() and int(text) > 0:
-        return tuple(f"LABEL_{i}" for i in range(int(text)))
+        return placeholders(int(text))
     if Path(text).is_file():
         return names_in(load_rows(text), task if task in LABELLED else LABELLED[0])
     names = tuple(name.strip() for name in text.split(",") if name.strip())

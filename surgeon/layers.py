@@ -1,65 +1,27 @@
 """Finding a model's repeated layers while it is traced, so that each kind is traced once.
 
-The first layer of a kind is traced in place between an `enter` and a `leave` marker; every equal layer becomes one
-opaque `layer` node. After the trace, `surgeon.split` cuts the marked regions out and stamps them onto the opaque nodes.
-
-Two layers are equal when their modules have the same classes, simple attributes and tensor shapes, and are called with
-the same arguments up to tensor values. A layer's own index is replaced by a `LayerIndex` that remembers being read: a
-layer whose arithmetic depends on its position is not shared. Nor is one that hands tensors to later layers on the side.
+The first layer of a kind is traced in place between an `enter` and a `leave` marker; those equal to it (see
+`surgeon.signature`) become opaque `layers` nodes, one for each run of them (see `surgeon.runs`). After the trace,
+`surgeon.split` cuts the marked regions out and stamps them onto the opaque nodes. A layer that hands tensors to later
+layers on the side is not shared.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-_SIMPLE = (int, float, bool, str, type(None), torch.dtype)
+from surgeon.runs import Example, Kind, Run, made_by_layers
+from surgeon.signature import Given, LayerIndex, index_attributes, layer_lists, signature
 
 
 class Retrace(Exception):
     """The trace assumed two layers equal that are not; trace again with the kind, or the layer's path, in `private`."""
-
-
-class LayerIndex:
-    """Stands in for a layer's index and remembers whether anything but a cache looked at it."""
-
-    def __init__(self, index: int) -> None:
-        self.index, self.read = index, False
-
-
-def _reading(name: str) -> Callable[..., Any]:
-    def method(self: LayerIndex, *args: Any) -> Any:
-        self.read = True
-        return getattr(self.index, name)(*args)
-
-    return method
-
-
-_READS = (
-    "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __floordiv__ __rfloordiv__ __mod__ "
-    "__rmod__ __pow__ __neg__ __abs__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __hash__ __bool__ __int__ __float__ "
-    "__index__ __str__ __repr__ __format__ __and__ __rand__"
-)
-for _name in _READS.split():
-    setattr(LayerIndex, _name, _reading(_name))
-
-
-@dataclass
-class Kind:
-    """The first layer of a kind: where its trace lies and what it returned."""
-
-    path: str
-    shape: str
-    outputs: list[torch.Tensor]
-    structure: pytree.TreeSpec
-    indices: list[LayerIndex] = field(default_factory=list)
-    followers: list[str] = field(default_factory=list)
 
 
 class _Opaque(nn.Module):
@@ -82,10 +44,14 @@ class LayerTracer:
     def __init__(self, model: nn.Module, *, share: bool, private: set[str]) -> None:
         self.model, self.share, self.private = model, share, private
         self.kinds: dict[str, Kind] = {}
-        self.paths: list[str] = []
+        self.runs: list[Run] = []
         self._shapes: set[str] = set()
         self._undo: list[Callable[[], None]] = []
         self._indices: dict[str, list[LayerIndex]] = {}
+        self._behind: dict[str, tuple[str, str]] = {}
+        self._examples: dict[str, Example] = {}
+        self._returned: list[Any] = []
+        self._irregular: set[str] = set()
 
     def __enter__(self) -> LayerTracer:
         for list_path, layers in layer_lists(self.model):
@@ -93,7 +59,6 @@ class LayerTracer:
             seen: set[str] = set()
             for position, layer in enumerate(layers):
                 path = f"{list_path}.{position}"
-                self.paths.append(path)
                 shape = f"{list_path}|{signature(layer, names)}"
                 self._shapes.add(shape)
                 if self.share and shape in seen and not self.private & {shape, path}:
@@ -109,6 +74,7 @@ class LayerTracer:
 
     def _replace(self, layers: nn.ModuleList, position: int, path: str, shape: str) -> None:
         layer = layers[position]
+        self._behind[f"{path.rpartition('.')[0]}.{position - 1}"] = path, shape
         layers[position] = _Opaque(layer, lambda *a, **k: self._follow(path, shape, a, k))
         self._undo.append(functools.partial(layers.__setitem__, position, layer))
 
@@ -132,60 +98,76 @@ class LayerTracer:
         return watchers
 
     def _lead(self, path: str, shape: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        key, leaves, structure, tensors, _ = _call_key(shape, args, kwargs)
+        given = Given.of(shape, args, kwargs)
         if any(kind.path == path for kind in self.kinds.values()):  # one module called again (ALBERT)
             return self._follow(path, shape, args, kwargs)
-        if any(_is_foreign(leaf) for leaf in leaves) and self.share and shape not in self.private:
+        if given.has_foreign() and self.share and shape not in self.private:
             # What one layer of a list is given to write into, all of them are: none of them is shared.
             self.private.update(other for other in self._shapes if _list_of(other) == _list_of(shape))
             raise Retrace
-        entered = torch.ops.surgeon.enter([leaves[i] for i in tensors], path)
-        for position, tensor in zip(tensors, entered, strict=True):
-            _keep_description(leaves[position], tensor)
-            leaves[position] = tensor
-        args, kwargs = pytree.tree_unflatten(leaves, structure)
+        leaves = list(given.leaves)
+        _mark(torch.ops.surgeon.enter, leaves, given.tensors, path)
+        args, kwargs = pytree.tree_unflatten(leaves, given.structure)
         results, result_structure = pytree.tree_flatten(forward(*args, **kwargs))
-        outputs = [i for i, leaf in enumerate(results) if isinstance(leaf, torch.Tensor)]
-        left = torch.ops.surgeon.leave([results[i] for i in outputs], path)
-        for position, tensor in zip(outputs, left, strict=True):
-            _keep_description(results[position], tensor)
-            results[position] = tensor
+        _mark(torch.ops.surgeon.leave, results, [i for i, x in enumerate(results) if isinstance(x, torch.Tensor)], path)
         alone = path if not self.share or self.private & {shape} else ""
-        self.kinds[key + alone] = Kind(path, shape, list(results), result_structure, self._indices.get(path, []))
+        kind = Kind(path, shape, list(results), result_structure, self._indices.get(path, []))
+        self.kinds[given.key + alone] = kind
+        self._examples[shape], self._returned = self._example(kind, given), results
         return pytree.tree_unflatten(results, result_structure)
 
     def _follow(self, path: str, shape: str, args: Any, kwargs: Any) -> Any:
-        key, leaves, _, tensors, sizes = _call_key(shape, args, kwargs)
-        kind = self.kinds.get(key, self.kinds.get(key + path))
+        given = Given.of(shape, args, kwargs)
+        kind = self.kinds.get(given.key, self.kinds.get(given.key + path))
         if kind is None:  # called differently from the layer it looks like: the first of a kind of its own
             self.private.add(path)
             raise Retrace
+        self._examples[shape] = example = self._example(kind, given)
+        run = self._run(path, example)
+        call = run.calls[run.taken]
+        run.taken += 1
         kind.followers.append(path)
-        outputs = [leaf for leaf in kind.outputs if isinstance(leaf, torch.Tensor)]
-        _STACK.append(outputs)
-        try:
-            made = iter(torch.ops.surgeon.layer([leaves[i] for i in tensors], [leaves[i] for i in sizes], path))
-        finally:
-            _STACK.pop()
-        results = [next(made) if isinstance(leaf, torch.Tensor) else leaf for leaf in kind.outputs]
-        for before, after in zip(kind.outputs, results, strict=True):
-            _keep_description(before, after)
-        return pytree.tree_unflatten(results, kind.structure)
+        self._returned = call.results
+        return pytree.tree_unflatten(call.results, kind.structure)
+
+    def _example(self, kind: Kind, given: Given) -> Example:
+        before = {id(leaf): i for i, leaf in enumerate(self._returned) if isinstance(leaf, torch.Tensor)}
+        chained = {i: before[id(given.leaves[i])] for i in given.tensors if id(given.leaves[i]) in before}
+        return Example(kind, given, chained)
+
+    def _run(self, path: str, example: Example) -> Run:
+        """The run whose next call this is: the last one as was foretold, or one that begins here."""
+        layers = path.rpartition(".")[0]
+        last = self.runs[-1] if self.runs else None
+        if last is not None and last.taken < len(last.calls):
+            if last.calls[last.taken].fits(path, example.given):
+                return last
+            self._irregular.add(layers)  # foretelling costs more than it saves there
+        run = Run.beginning(path, example, () if layers in self._irregular else self._following(path))
+        self.runs.append(run)
+        run.trace(len(self.runs) - 1, _keep_description)
+        return run
+
+    def _following(self, path: str) -> Iterator[tuple[str, Example | None]]:
+        """The opaque layers right behind a layer, each with the last call of one of its signature."""
+        while path in self._behind:
+            path, shape = self._behind[path]
+            yield path, self._examples.get(shape)
+
+
+def _mark(marker: Any, leaves: list[Any], tensors: list[int], path: str) -> None:
+    """Send the tensors among `leaves` through a marker operator, in place."""
+    for position, tensor in zip(tensors, marker([leaves[i] for i in tensors], path), strict=True):
+        _keep_description(leaves[position], tensor)
+        leaves[position] = tensor
 
 
 def _list_of(shape: str) -> str:
     return shape.partition("|")[0]
 
 
-_STACK: list[list[torch.Tensor]] = []
-
-
 def _alias(xs: list[torch.Tensor], path: str) -> list[torch.Tensor]:
     return [x.view_as(x) for x in xs]
-
-
-def _layer(xs: list[torch.Tensor], sizes: list[int], path: str) -> list[torch.Tensor]:
-    return [torch.empty_like(x) for x in _STACK[-1]]
 
 
 def register_markers() -> None:
@@ -193,83 +175,11 @@ def register_markers() -> None:
     library = torch.library.Library("surgeon", "IMPL")
     library.impl("enter", _alias, "CompositeExplicitAutograd")
     library.impl("leave", _alias, "CompositeExplicitAutograd")
-    library.impl("layer", _layer, "CompositeExplicitAutograd")
+    library.impl("layers", made_by_layers, "CompositeExplicitAutograd")
     _LIBRARIES.append(library)
 
 
 _LIBRARIES: list[torch.library.Library] = []
-
-
-def layer_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """The outermost `ModuleList`s of composite modules, with their paths."""
-    found: list[tuple[str, nn.ModuleList]] = []
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer, _ in found):
-            continue
-        if len(module) and all(any(True for _ in child.children()) for child in module):
-            found.append((path, module))
-    return found
-
-
-def index_attributes(layers: nn.ModuleList) -> list[str]:
-    """Names of integer attributes that grow by one from each layer to the next: a layer's own index."""
-    counts: dict[str, list[int]] = {}
-    for layer in layers:
-        own = {n: v for m in layer.modules() for n, v in m.__dict__.items() if type(v) is int and not n.startswith("_")}
-        for name, value in own.items():
-            counts.setdefault(name, []).append(value)
-    steady = [n for n, v in counts.items() if len(v) == len(layers) and v == list(range(v[0], v[0] + len(v)))]
-    return steady if len(layers) > 1 else []
-
-
-def signature(layer: nn.Module, ignored: list[str]) -> str:
-    """Everything about a layer's module tree that can change its trace, as text."""
-    lines = []
-    for path, module in layer.named_modules():
-        attributes = {
-            name: _plain(value)
-            for name, value in sorted(module.__dict__.items())
-            if name not in ignored and not name.startswith("_") and name not in ("forward", "training")
-        }
-        tensors = [(n, tuple(t.shape), t.dtype, t.requires_grad) for n, t in module.named_parameters(recurse=False)]
-        tensors += [(n, tuple(t.shape), t.dtype, False) for n, t in module.named_buffers(recurse=False)]
-        lines.append(f"{path} {type(module).__module__}.{type(module).__qualname__} {attributes} {tensors}")
-    return "\n".join(lines)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, _SIMPLE):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return getattr(value, "__qualname__", type(value).__qualname__)
-
-
-def _call_key(shape: str, args: Any, kwargs: Any) -> tuple[str, list[Any], pytree.TreeSpec, list[int], list[int]]:
-    leaves, structure = pytree.tree_flatten((args, kwargs), is_leaf=lambda x: _is_mutable(x) and x is not kwargs)
-    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    sizes = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.SymInt)]
-    words = []
-    for leaf in leaves:
-        if isinstance(leaf, torch.Tensor):
-            sizes_known = [size if isinstance(size, int) else "?" for size in leaf.shape]
-            words.append(f"{leaf.dtype}{sizes_known}{getattr(leaf, 'surgeon_mask', None)}")
-        elif isinstance(leaf, torch.SymInt):
-            words.append("size")
-        else:
-            words.append(str(_plain(leaf)))
-    return f"{shape}\n{structure}\n{words}", leaves, structure, tensors, sizes
-
-
-def _is_mutable(value: Any) -> bool:
-    """Dictionaries and lists stay whole: a layer may write into them, which a rebuilt copy would lose."""
-    return isinstance(value, (dict, list))
-
-
-def _is_foreign(leaf: Any) -> bool:
-    return not isinstance(leaf, (*_SIMPLE, torch.Tensor, torch.SymInt))
 
 
 def _keep_description(before: Any, after: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import sympy
@@ -20,8 +20,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from surgeon import ops
 from surgeon.edit import Edit
-from surgeon.graph import Graph, path_of
-from surgeon.wiring import inputs_of
+from surgeon.graph import Graph, path_of, tag
+from surgeon.wiring import inputs_of, output_of
 
 aten = torch.ops.aten
 assert ops  # registers the attention operator
@@ -32,14 +32,14 @@ _SCANS = ("conv", "cumsum", "cumprod", "flip", "roll", "scan", "while_loop", "un
 
 
 def token_ids(graph: Graph) -> fx.Node:
-    """The input with the decoder's token ids `[b, t]`."""
+    """The input with the decoder's token ids `[b, t]`, for multiple choice `[b, choices, t]`."""
     inputs = {str(node.target): node for node in inputs_of(graph.trunk)}
     return inputs["decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"]
 
 
 def length_of(graph: Graph) -> str:
     """The symbol of t."""
-    return symbol(token_ids(graph).meta["val"].shape[1])
+    return symbol(token_ids(graph).meta["val"].shape[-1])
 
 
 def symbol(size: Any) -> str:
@@ -132,16 +132,55 @@ def extended(edit: Edit, root: fx.Node, length: str, *, rows: bool) -> fx.Node:
     copies: dict[fx.Node, fx.Node] = {}
     chain = ancestors([root])
     edit.write_after(root)
-    for node in chain:
-        sized = any(is_length(source, length) for source in node.all_input_nodes)
-        if sized or any(source in copies for source in node.all_input_nodes):
-            total = {n: sizes(edit)[1] for n in node.all_input_nodes if is_length(n, length)}
-            copies[node] = edit.copy(node, {**copies, **total})
+    with _lengthened(edit, chain, length):
+        for node in chain:
+            total = {n: _resized(edit, n, length) for n in node.all_input_nodes if is_sized(n, length)}
+            if total or any(source in copies for source in node.all_input_nodes):
+                copies[node] = edit.copy(node, {**copies, **total})
     result = copies.get(root, root)
     if rows and symbol(root.meta["val"].shape[-2]) == length:
         past, total = sizes(edit)
         result = edit.call(aten.slice.Tensor, result, -2, past, 2**63 - 1)
     return result
+
+
+def grows(node: fx.Node, length: str) -> bool:
+    """Whether any axis of a node's tensor depends on t."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and any(_mentions(size, length) for size in value.shape)
+
+
+def _mentions(size: Any, length: str) -> bool:
+    return isinstance(size, torch.SymInt) and length in {str(symbol) for symbol in size.node.expr.free_symbols}
+
+
+def is_sized(node: fx.Node, length: str) -> bool:
+    """Whether a node is a number that depends on t."""
+    return _mentions(node.meta.get("val"), length)
+
+
+def _resized(edit: Edit, number: fx.Node, length: str) -> fx.Node:
+    """A number computed from t, computed from the number of all tokens."""
+    if is_length(number, length):
+        return sizes(edit)[1]
+    return edit.copy(number, {n: _resized(edit, n, length) for n in number.all_input_nodes if is_sized(n, length)})
+
+
+@contextlib.contextmanager
+def _lengthened(edit: Edit, chain: list[fx.Node], length: str) -> Iterator[None]:
+    """The shapes of a mask's chain when its inputs are for all tokens, inside the block."""
+    before = {node: node.meta.get("val") for node in chain}
+    changed = {node for node in chain if node.op == "placeholder" and symbol(node.meta["val"].shape[-1]) == length}
+    for node in changed:
+        shape = (*before[node].shape[:-1], sizes(edit)[1].meta["val"])
+        with before[node].fake_mode:
+            node.meta["val"] = torch.empty(shape, dtype=before[node].dtype, device="meta")
+    _revalue(chain, changed)
+    try:
+        yield
+    finally:
+        for node, value in before.items():
+            node.meta["val"] = value
 
 
 def lengthen_input(graph: Graph) -> None:
@@ -153,18 +192,18 @@ def lengthen_input(graph: Graph) -> None:
     shape, dtype = (new.shape[0], new.shape[1] + past_symbol(graph)), mask.meta["val"].dtype
     with new.fake_mode:
         mask.meta["val"] = torch.empty(shape, dtype=dtype, device="meta")
-    given = _revalue(graph.trunk, {mask})
+    given = _revalue(graph.trunk.nodes, {mask})
     for call in [node for node in graph.trunk.nodes if node.op == "call_module"]:
         layer = graph.layers[str(call.target)]
         changed = {inner: value for inner, value in fed(layer, call) if value in given}
         for inner, outer in changed.items():
             inner.meta["val"] = outer.meta["val"]
-        _revalue(layer, set(changed))
+        _revalue(layer.nodes, set(changed))
 
 
-def _revalue(part: fx.Graph, changed: set[fx.Node]) -> set[fx.Node]:
+def _revalue(nodes: Iterable[fx.Node], changed: set[fx.Node]) -> set[fx.Node]:
     """Recompute the shapes of everything up to the attentions that reads a changed node; returns all that changed."""
-    for node in part.nodes:
+    for node in nodes:
         reads = node.op == "call_function" and node.target is not ATTENTION_OP
         if reads and any(source in changed for source in node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
@@ -174,23 +213,33 @@ def _revalue(part: fx.Graph, changed: set[fx.Node]) -> set[fx.Node]:
     return changed
 
 
+def live(part: fx.Graph) -> list[fx.Node]:
+    """The nodes that the output needs; what passes have replaced stays in a graph, to be had back."""
+    needed = {output_of(part)}
+    for node in reversed(part.nodes):
+        if node in needed or (node.op == "call_function" and node.is_impure()):
+            needed.update((node, *node.all_input_nodes))
+    return [node for node in part.nodes if node in needed]
+
+
 def positions(part: fx.Graph, length: str) -> list[fx.Node]:
     """The `arange(t)` that number the new tokens: all but those that masks and biases are computed from."""
     hidden = set(ancestors(masks_of(part)))
-    return [node for node in part.nodes if node.target in _ARANGES and node not in hidden and axes(node, length) == [0]]
+    return [node for node in live(part) if node.target in _ARANGES and node not in hidden and axes(node, length) == [0]]
 
 
 def mixing(graph: Graph) -> str:
     """The first place outside the attention nodes where one token's value depends on another's, or "".
 
     Found are scans and convolutions along the tokens, tensors with two axes of their length, and lengths that are not a
-    plain multiple of it (shifted, padded or cut into chunks). Counting along the tokens is one of them.
+    plain multiple of it (shifted, padded or cut into chunks). Counting along the tokens is one of them. What passes
+    inserted is left out.
     """
     length = length_of(graph)
     for part, prefixes in graph.parts():
         hidden = set(ancestors([*masks_of(part), *_trunk_masks(graph, part)]))
-        for node in part.nodes:
-            if node not in hidden and _mixes(node, length):
+        for node in live(part):
+            if node not in hidden and tag(node) is None and _mixes(node, length):
                 return f"{prefixes[0]}{path_of(node)} ({node.target})"
     return ""
 

@@ -27,14 +27,32 @@ def with_casts(graph: fx.Graph) -> fx.Graph:
         mark = tag(node)
         if mark is None or mark.owner not in owners or node.op != "call_function":
             continue
+        if node.target is aten.cat.default and _join(mixed, node, owners, lowered):
+            lowered.add(node)
+            continue
         for source in node.all_input_nodes:
-            before = tag(source)
-            inserted = before is not None and before.owner in owners and source not in lowered
+            inserted = _is_inserted(source, owners) and source not in lowered
             if _is_float(source) and not inserted and source.op != "get_attr":
                 node.replace_input_with(source, _raised(mixed, source, raised))
         if (mark.output or mark.input) and _is_float(node):
             lowered.add(_lowered(mixed, node))
     return mixed
+
+
+def _is_inserted(node: fx.Node, owners: set[str]) -> bool:
+    mark = tag(node)
+    return mark is not None and mark.owner in owners
+
+
+def _join(graph: fx.Graph, node: fx.Node, owners: set[str], lowered: set[fx.Node]) -> bool:
+    """Tensors of passes beside the model's own in the dtype of the model: nothing is computed, and K and V are large."""
+    sources = [source for source in node.all_input_nodes if _is_float(source)]
+    raised = [source for source in sources if _is_inserted(source, owners) and source not in lowered]
+    if len(raised) == len(sources):
+        return False
+    for source in raised:
+        node.replace_input_with(source, _cast(graph, source))
+    return True
 
 
 def _is_float(node: fx.Node) -> bool:
@@ -53,11 +71,17 @@ def _raised(graph: fx.Graph, source: fx.Node, known: dict[fx.Node, fx.Node]) -> 
 
 def _lowered(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """What everything else reads in place of an adapter's result: the same in the dtype of the model."""
+    cast = _cast(graph, node)
+    node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+    return cast
+
+
+def _cast(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A node in the dtype of the model."""
     with graph.inserting_after(node):
         dtype = graph.get_attr(MODEL_DTYPE)
         with graph.inserting_after(dtype):
-            cast = graph.call_function(aten.to.dtype, (node, dtype))
+            cast: fx.Node = graph.call_function(aten.to.dtype, (node, dtype))
     dtype.meta["val"] = torch.bfloat16
     cast.meta = {**node.meta, "surgeon": None}
-    node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
     return cast

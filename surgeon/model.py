@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.utils import ModelOutput
 
-from surgeon import module
+from surgeon import module, numbering, positions, virtual
 from surgeon.errors import UnsupportedError, UsageError, nearest
 from surgeon.graph import Graph
 from surgeon.head import find_head
 from surgeon.loss import causal_cross_entropy, linear_cross_entropy
+from surgeon.task_loss import task_loss
 
-_LOSSES = {
-    "sequence-classification": "ForSequenceClassification",
-    "token-classification": "ForTokenClassification",
-    "question-answering": "ForQuestionAnswering",
-}
 _IGNORED = {
     "return_dict",
     "use_cache",
@@ -69,11 +64,12 @@ class SurgeonModel(module.GraphModule):
     def forward(self, labels: torch.Tensor | None = None, **inputs: Any) -> Output:  # type: ignore[override]
         """The model on tensors by name; with `labels` the loss of the task.
 
-        Missing masks are all ones, missing positions count from 0, missing decoder inputs are the labels shifted
-        right. For causal models labels are shifted inside, and the logits `[b, t, vocab]` are never held for the loss.
+        Missing masks are all ones, missing positions those of `surgeon.numbering`, missing decoder inputs the labels
+        shifted right. Labels are for the tokens, whatever the outputs have before theirs. For causal models they are
+        shifted inside, and the logits `[b, t, vocab]` are never held for the loss.
 
         Raises:
-            UsageError: an input the model does not have, or none of those it needs.
+            UsageError: an input the model does not have, none of those it needs, or positions virtual tokens shift.
         """
         count = inputs.pop("num_items_in_batch", None)
         known = {name: value for name, value in inputs.items() if value is not None and name not in _IGNORED}
@@ -81,12 +77,14 @@ class SurgeonModel(module.GraphModule):
             name: known.pop(name) for name in ("start_positions", "end_positions") if name in known
         }
         given = self._filled(known, labels)
+        labels, spans = virtual.moved(self.graph, labels, spans)
         if labels is None and not spans:
             return Output(**dict(zip(self.graph.outputs, self.run(self.graph.trunk, *given), strict=True)))
         if self.graph.task in ("causal-lm", "seq2seq-lm"):
             return self._language_loss(given, labels, count)
         results = dict(zip(self.graph.outputs, self.run(self.graph.trunk, *given), strict=True))
-        return Output(loss=self._task_loss(results, labels, spans), **results)
+        targets = spans if labels is None else {"labels": labels, **spans}
+        return Output(loss=task_loss(self.graph.task, results, targets, self.config, count), **results)
 
     def _language_loss(self, given: list[torch.Tensor], labels: torch.Tensor | None, count: Any) -> Output:
         head = find_head(self.graph)
@@ -115,18 +113,6 @@ class SurgeonModel(module.GraphModule):
         object.__setattr__(output, "_later", logits)
         return output
 
-    def _task_loss(self, results: Mapping[str, torch.Tensor], labels: Any, spans: Mapping[str, Any]) -> torch.Tensor:
-        if self.graph.task not in _LOSSES:
-            raise UsageError(
-                f"the task {self.graph.task} has no loss", str(self.graph.source), "capture it for another --task"
-            )
-        loss: Callable[..., torch.Tensor] = LOSS_MAPPING[_LOSSES[self.graph.task]]
-        if spans:
-            return loss(results["start_logits"], results["end_logits"], **spans)
-        if self.graph.task == "sequence-classification":
-            return loss(labels, results["logits"], self.config)
-        return loss(results["logits"], labels, self.config)
-
     def _filled(self, given: dict[str, Any], labels: torch.Tensor | None) -> list[torch.Tensor]:
         """The graph's inputs in order, with what users may leave out."""
         names = self.graph.inputs
@@ -137,12 +123,24 @@ class SurgeonModel(module.GraphModule):
             )
         if "decoder_input_ids" in names and "decoder_input_ids" not in given and labels is not None:
             given["decoder_input_ids"] = shifted_right(labels, self.config)
+        ids = given.get("decoder_input_ids", given.get("input_ids"))
+        if ids is not None:
+            positions.check(self.graph, ids.shape[-1], given.get("position_ids"))
+            positions.check_source(self.graph, given.get("input_ids", ids).shape[-1])
         for name in names:
             if name not in given:
                 given[name] = self._default(name, given)
             elif name == "position_ids":
                 given[name] = given[name].expand(given["input_ids"].shape[0], -1)
+                self._check_positions(given[name], given)
         return [given[name] for name in names]
+
+    def _check_positions(self, chosen: torch.Tensor, given: Mapping[str, Any]) -> None:
+        if virtual.count(self.graph) and not torch.equal(chosen, self._default("position_ids", given)):
+            raise UsageError(
+                "these positions do not count on from the virtual tokens in front of the text", "position_ids",
+                "leave them out; texts packed into one row need a row each",
+            )  # fmt: skip
 
     def _default(self, name: str, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
         ids = given.get("decoder_input_ids" if name.startswith("decoder_") else "input_ids")
@@ -151,7 +149,8 @@ class SurgeonModel(module.GraphModule):
         if name.endswith("attention_mask"):
             return torch.ones_like(ids)
         if name == "position_ids":
-            return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape[0], -1)
+            mask = given.get("attention_mask", torch.ones_like(ids))
+            return numbering.default(self.graph, mask, ids, virtual=virtual.count(self.graph))
         if name == "token_type_ids":
             return torch.zeros_like(ids)
         raise UsageError(f"the input '{name}' is missing", ", ".join(self.graph.inputs), f"give {name}")

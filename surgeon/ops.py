@@ -1,8 +1,8 @@
 """The operators that surgeon adds to a captured graph, registered as `torch.ops.surgeon.*`.
 
-`attention` is the one node per attention that every attention pass edits. `enter`, `leave` and `layer` exist only while
-a model is captured (see `surgeon.capture`). The attention kernel is CompositeImplicitAutograd over torch's own SDPA: it
-stays one node through `torch.export`, trains, and works under autocast.
+`attention` is the one node per attention that every attention pass edits. `enter`, `leave` and `layers` exist only
+while a model is captured (see `surgeon.capture`). The attention kernel is CompositeImplicitAutograd over torch's own
+SDPA: it stays one node through `torch.export`, trains, and works under autocast.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ _LIBRARY = torch.library.Library("surgeon", "DEF")
 
 _LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? bias=None, Tensor? sinks=None, *, float scale, "
-    "bool causal=False, int window=0, int chunk=0, float softcap=0.0, float dropout_p=0.0, str role='self') -> Tensor"
+    "bool causal=False, int window=0, int chunk=0, float softcap=0.0, float dropout_p=0.0, str role='self', "
+    "int prefix=0) -> Tensor"
 )
 _LIBRARY.define(
     "expert_linear(Tensor x, Tensor weight, Tensor ids, Tensor? bias=None, *, bool transposed=False) -> Tensor"
@@ -25,7 +26,7 @@ _LIBRARY.define(
 _LIBRARY.define("bfloat16(Tensor x) -> Tensor")
 _LIBRARY.define("enter(Tensor[] xs, str path) -> Tensor[]")
 _LIBRARY.define("leave(Tensor[] xs, str path) -> Tensor[]")
-_LIBRARY.define("layer(Tensor[] xs, SymInt[] sizes, str path) -> Tensor[]")
+_LIBRARY.define("layers(Tensor[] xs, SymInt[] sizes, int run) -> Tensor[]")
 
 
 def key_offset(queries: int, keys: int) -> int:
@@ -34,7 +35,15 @@ def key_offset(queries: int, keys: int) -> int:
 
 
 def visible(
-    mask: torch.Tensor | None, queries: int, keys: int, *, causal: bool, window: int, chunk: int, device: torch.device
+    mask: torch.Tensor | None,
+    queries: int,
+    keys: int,
+    *,
+    causal: bool,
+    window: int,
+    chunk: int,
+    device: torch.device,
+    prefix: int = 0,
 ) -> torch.Tensor | None:
     """Which key each query may see, `[b | 1, 1, t, s]` boolean, or None where every query sees every key.
 
@@ -46,14 +55,17 @@ def visible(
         window: with `causal`, key > query - window; without, |query - key| <= window. 0 means no window.
         chunk: query and key lie in the same chunk of this length, counted from the first unpadded key. 0 means none.
         device: where the result lives.
+        prefix: number of first keys that every query sees, whatever the window and chunk, which are counted after them.
     """
     allowed = None if mask is None else mask.to(torch.bool)[:, None, None, :]
     if not (causal or window or chunk):
         return allowed
-    key = torch.arange(keys, device=device)
-    query = torch.arange(queries, device=device)[:, None] + key_offset(queries, keys)
-    padding = _leading_padding(mask)[:, None, None] if chunk and mask is not None else 0
+    key = torch.arange(keys, device=device) - prefix
+    query = torch.arange(queries, device=device)[:, None] + (key_offset(queries, keys) - prefix)
+    padding = _leading_padding(mask[:, prefix:])[:, None, None] if chunk and mask is not None else 0
     seen = pattern(query, key, padding, causal=causal, window=window, chunk=chunk)
+    if prefix:
+        seen = seen | (key < 0)
     seen = seen[:, None] if seen.dim() == 3 else seen[None, None]
     return seen if allowed is None else allowed & seen
 
@@ -108,6 +120,7 @@ def attention(
     softcap: float = 0.0,
     dropout_p: float = 0.0,
     role: str = "self",
+    prefix: int = 0,
 ) -> torch.Tensor:
     """softmax(softcap(scale · q kᵀ) + bias, over visible keys and the sink) v, a row that sees no key giving 0.
 
@@ -125,6 +138,7 @@ def attention(
         softcap: c in c · tanh(scores / c), 0 for none (Gemma 2).
         dropout_p: probability of dropping an attention weight.
         role: "self", or "cross" when k and v come from an encoder. Read by passes, not by the arithmetic.
+        prefix: number of first keys that every query sees, see `visible`.
 
     Returns:
         `[b, h, t, d_v]`.
@@ -142,10 +156,10 @@ def attention(
         return F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout_p, is_causal=causal, scale=scale, enable_gqa=grouped
         )
-    seen = visible(mask, queries, keys, causal=causal, window=window, chunk=chunk, device=q.device)
+    seen = visible(mask, queries, keys, causal=causal, window=window, chunk=chunk, device=q.device, prefix=prefix)
     if bias is not None and bias.dtype == torch.bool:
         seen, bias = (bias if seen is None else seen & bias), None
-    if sinks is None and not softcap:
+    if sinks is None and not softcap and not _is_exact(bias, q):
         added = _joined(seen, bias, q)
         return F.scaled_dot_product_attention(q, k, v, added, dropout_p, scale=scale, enable_gqa=grouped)
     k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
@@ -177,6 +191,13 @@ def _joined(seen: torch.Tensor | None, bias: torch.Tensor | None, q: torch.Tenso
     return bias.to(q.dtype).masked_fill(~seen, float("-inf"))
 
 
+def _is_exact(bias: torch.Tensor | None, q: torch.Tensor) -> bool:
+    """Whether a bias in fp32 is one row for all queries: ALiBi grows with the text past what bf16 can tell apart."""
+    if bias is None or bias.dtype != torch.float32 or q.dtype == torch.float32:
+        return False
+    return bias.shape[-2] == 1
+
+
 def _explicit(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -188,7 +209,7 @@ def _explicit(
     softcap: float,
     dropout_p: float,
 ) -> torch.Tensor:
-    """Attention with what SDPA has no argument for: soft caps and sinks. The softmax is taken in fp32."""
+    """Attention with what SDPA has no argument for: soft caps, sinks, fp32 biases. The softmax is taken in fp32."""
     scores = (q @ k.transpose(-1, -2)) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)

@@ -140,8 +140,10 @@ def unfit(graph: Graph, owner: str, step: Adapter) -> str:
     """Why an adapter has no form in PEFT, or ""."""
     if not step.peft_type:
         return f"PEFT has no method {step.name}"
+    if step.peft_prompt and graph.task not in TASK_TYPES:
+        return f"PEFT has no model for {graph.task} with virtual tokens"
     found = adapted(graph, owner)
-    reason = step.peft_unfit([item.site for item in found])
+    reason = step.peft_unfit(graph.task)
     return reason or (peft_prompts.unfit(graph, found) if step.peft_prompt else "")
 
 
@@ -185,7 +187,7 @@ def peft_config(graph: Graph, owner: str, step: Adapter) -> dict[str, Any]:
         }
     # PEFT insists on a saved head for these tasks; without a task it loads the adapter alone.
     lacks_head = graph.task in HEADS and not any(path.rpartition(".")[2] in HEADS[graph.task] for path in heads)
-    task_type = None if lacks_head else TASK_TYPES[graph.task]
+    task_type = None if lacks_head else TASK_TYPES.get(graph.task)
     architecture = (graph.config.architectures or [None])[0]
     base, revision = base_name(graph.source)
     parent = f"transformers.models.{graph.config.model_type}.modeling_{graph.config.model_type}"

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from surgeon import replaced
+from surgeon import heads, replaced
 from surgeon.errors import SurgeonError, UnsupportedError, UsageError
 from surgeon.graph import Graph
+from surgeon.labels import LABELLED, placeholders
 from surgeon.passes import find_peft
 from surgeon.passes.base import Adapter
 from surgeon.peft_files import CONFIG, TASK_TYPES, WEIGHTS, fill, read_config, read_tensors
@@ -53,8 +54,14 @@ def load_adapter(folder: str | Path, base: str | Path | None = None, task: str |
     if not where:
         raise UsageError("the adapter names no base model", str(folder / CONFIG), "name it with --base")
     task = task or _task(config)
-    graph = open_graph(open_source(_base_path(str(where), folder, given=base is not None), task))
+    source = open_source(_base_path(str(where), folder, given=base is not None), task)
+    classes = heads.classes_in(tensors) if source.task.name in LABELLED else 0
+    if classes and classes != source.config.num_labels:
+        source = open_source(source.folder, source.task.name, labels=placeholders(classes))
+    graph = open_graph(source)
     step = describe(graph, cast(type[Adapter], method), config)
+    if step.peft_prompt:
+        step = step.saving(graph, heads.trained_in(graph, tensors))
     graph = apply(graph, step)
     owner = step.name
     fill(graph, owner, cast(Adapter, graph.applied[-1]), tensors, folder / WEIGHTS)

@@ -7,6 +7,8 @@ Layout: PEFT 0.21, `PeftModel.get_prompt`.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from surgeon.fold import Fold
 from surgeon.graph import Graph
 from surgeon.normal import Columns
 from surgeon.peft_values import check_shape, put
-from surgeon.sites import ATTENTION, EMBEDDING, sites
+from surgeon.sites import ATTENTION, EMBEDDING, argument_of, has_argument, sites
 
 KEY = "prompt_embeddings"
 
@@ -45,6 +47,8 @@ def unfit(graph: Graph, found: Sequence[Fold]) -> str:
     hides = any(node.kwargs.get("window") or node.kwargs.get("chunk") for node in nodes.values())
     if hides and not all(column.windowed for column in columns):
         return "a sliding window hides its columns"
+    if any(_has_bias(node) for node in nodes.values()) and not getattr(found[0].step, "biased", True):
+        return "its position biases see columns as tokens before the text"
     if {item.site.path for item in found} != nodes.keys():
         return "its columns are at every self-attention, of the decoder if there is one"
     return ""
@@ -70,7 +74,7 @@ def fill(graph: Graph, found: Sequence[Fold], tensor: torch.Tensor, where: Path)
     """
     if found[0].site.kind == EMBEDDING:
         item = found[0]
-        wanted = tuple(item.rows().shape)
+        wanted = tuple(_blank(graph, item).rows().shape)
         copies = len(tensor) // wanted[0] if len(tensor) % wanted[0] == 0 else 0
         if _twofold(graph) and copies == 2:
             tensor = tensor[: wanted[0]]  # PEFT makes rows for the decoder too, and never reads them.
@@ -78,7 +82,7 @@ def fill(graph: Graph, found: Sequence[Fold], tensor: torch.Tensor, where: Path)
         _set(graph, item, tensor, where)
         return
     ordered = in_order(graph, found)
-    heads, count, size = ordered[0].columns().k.shape
+    heads, count, size = _blank(graph, ordered[0]).columns().k.shape
     width = 2 * heads * size
     layers = tensor.shape[-1] // width if _twofold(graph) and tensor.shape[-1] % width == 0 else len(ordered)
     check_shape(KEY, tuple(tensor.shape), (count, layers * width), where)
@@ -121,9 +125,25 @@ def _self_attentions(graph: Graph) -> dict[str, fx.Node]:
     }
 
 
+def _blank(graph: Graph, item: Fold) -> Fold:
+    """The adapter with shapes in place of values: first values may come from a text whose tokenizer is not at hand."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        own = item.site.tensor(item.owner, name)
+        return graph.tensors[own if own in graph.tensors else f"{item.owner}.{name}"].shape
+
+    empty = {name: functools.partial(torch.empty, shape(name), device="meta") for name in item.params}
+    return dataclasses.replace(item, params=empty)
+
+
 def _set(graph: Graph, item: Fold, form: Columns | torch.Tensor, where: Path) -> None:
     for name, value in item.step.params(form, item.site).items():
         put(graph, item.site.tensor(item.owner, name), value, KEY, where)
+
+
+def _has_bias(node: fx.Node) -> bool:
+    """Whether an attention adds to its scores by position."""
+    return has_argument(node, 4) and argument_of(node, 4).meta["val"].is_floating_point()
 
 
 def _twofold(graph: Graph) -> bool:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
-from surgeon import lengths
+from surgeon import lengths, numbering
 from surgeon.edit import Edit
+from surgeon.errors import UsageError
 from surgeon.graph import Graph, copied
 from surgeon.sites import Site
 
 aten = torch.ops.aten
 INPUT = "position_ids"
+SHIFT = "shift"  # node.meta key: by how much later a node makes the tokens start
+ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
+_SAME = (aten.view.default, aten.expand.default, aten.unsqueeze.default, aten.to.dtype, aten.slice.Tensor)
 
 
 def shift(graph: Graph, owner: str, count: int) -> None:
@@ -22,26 +27,81 @@ def shift(graph: Graph, owner: str, count: int) -> None:
     An encoder's tokens keep their numbers where there is a decoder.
     """
     for node in [n for n in graph.trunk.nodes if n.op == "placeholder" and n.target == INPUT]:
-        edit = Edit.of_trunk(graph, owner, node)
-        edit.replace(edit.add(edit.y, count))
+        _move(Edit.of_trunk(graph, owner, node), count)
     length = lengths.length_of(graph)
     for node in lengths.positions(graph.trunk, length):
-        _moved(Edit.of_trunk(graph, owner, node), count)
+        _move(Edit.of_trunk(graph, owner, node), count)
     for shared, paths in graph.groups():
         if not lengths.positions(shared, length):
             continue
         part = copied(shared)[0]
         for node in lengths.positions(part, length):
-            _moved(Edit(graph, part, paths, owner, Site("", "", paths[0], node.name), 0), count)
+            _move(Edit(graph, part, paths, owner, Site("", "", paths[0], node.name), 0), count)
         graph.layers.update(dict.fromkeys(paths, part))
 
 
-def _moved(edit: Edit, count: int) -> None:
-    edit.replace(edit.add(edit.y, count))
+def _move(edit: Edit, count: int) -> None:
+    moved = edit.add(edit.y, count)
+    moved.meta[SHIFT] = count
+    edit.replace(moved)
 
 
 def limit(graph: Graph) -> int:
-    """How many positions the model has, 0 for no limit: rows of a table, or what its config names."""
+    """How many tokens the model has positions for, 0 for no limit: rows of its table, or what its config says."""
+    rooms = [room for _, room in _tables(graph)]
+    if rooms:
+        return min(rooms) - numbering.first(graph)
     config: Any = graph.config.get_text_config(decoder=True)
-    found = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx"))
-    return next((int(number) for number in found if isinstance(number, int) and number > 0), 0)
+    found = getattr(config, "max_position_embeddings", None)
+    return found if isinstance(found, int) else 0
+
+
+def check(graph: Graph, tokens: int, given: torch.Tensor | None) -> None:
+    """Raise UsageError for a text, or positions of the user's, beyond what moved positions leave of a table.
+
+    Args:
+        graph: the model.
+        tokens: number of tokens of the text.
+        given: `[b, t]`, positions the user chose; None if they are counted.
+    """
+    moved = [(shift, room) for shift, room in _tables(graph) if shift]
+    if moved and given is not None:
+        _check(moved, int(given.max()), f"{INPUT}, for {tokens} tokens")
+    elif moved:
+        _check(moved, tokens - 1 + numbering.first(graph), f"a text of {tokens} tokens")
+
+
+def _check(moved: list[tuple[int, int]], last: int, where: str) -> None:
+    shift, room = min(moved, key=lambda pair: pair[1])
+    if last >= room:
+        what = f"position {last} is beyond the {room} that {shift} virtual tokens leave"
+        raise UsageError(what, where, "a shorter text, or fewer --tokens")
+
+
+def _tables(graph: Graph) -> Iterator[tuple[int, int]]:
+    """(shift, room) of every table of positions: how far passes move them, and the first position it has no row for."""
+    length = lengths.length_of(graph)
+    inputs = [n for n in graph.trunk.nodes if n.op == "placeholder" and n.target == INPUT]
+    for start in [*inputs, *lengths.positions(graph.trunk, length)]:
+        counted = sum(source.meta.get(SHIFT, 0) for source in start.all_input_nodes)
+        yield from _below(start, counted, counted)
+
+
+def check_source(graph: Graph, tokens: int) -> None:
+    """Raise UsageError for a text of an encoder beyond what its virtual tokens leave of a table."""
+    counts = [n for n in graph.trunk.nodes if n.op == "call_function" and n.target in ARANGES]
+    for node in counts:
+        shift = sum(source.meta.get(SHIFT, 0) for source in node.all_input_nodes)
+        moved = list(_below(node, shift, shift)) if shift else []
+        if moved:
+            _check(moved, tokens - 1, f"a text of {tokens} tokens")
+
+
+def _below(node: fx.Node, shift: int, offset: int) -> Iterator[tuple[int, int]]:
+    for user in node.users:
+        if user.target is aten.embedding.default and user.args[1] is node:
+            yield shift, int(user.args[0].meta["val"].shape[0]) - offset
+        elif user.target is aten.add.Tensor and isinstance(user.args[1], int):
+            yield from _below(user, shift + user.meta.get(SHIFT, 0), offset + user.args[1])
+        elif user.target in _SAME or user.target is aten.cat.default:
+            yield from _below(user, shift, offset)

@@ -62,7 +62,7 @@ def check_lengths(
     # At the last positions slices of a table become the table itself, which is no different arithmetic.
     text = config.get_text_config()
     longest = min(getattr(text, name, None) or 10**6 for name in _POSITIONS) - 2
-    if longest <= max(x.shape[1] for x in inputs.values()):
+    if longest <= max(x.shape[-1] for x in inputs.values()):
         raise UnsupportedError(f"{FIXED_LENGTH}, and the model has {longest + 2} positions")
     for step in _GROWTH:
         sizes = {name: _grown(x, step, longest) for name, x in inputs.items()}
@@ -82,7 +82,8 @@ def check_noise(program: torch.export.ExportedProgram) -> None:
 
 
 def _grown(x: torch.Tensor, step: int, longest: int) -> torch.Tensor:
-    return x.new_empty(x.shape[0] + step - 1, max(x.shape[1], min(x.shape[1] * step + step - 1, longest)))
+    *rows, length = x.shape
+    return x.new_empty(*(count + step - 1 for count in rows), max(length, min(length * step + step - 1, longest)))
 
 
 def lifted(program: torch.export.ExportedProgram) -> tuple[fx.Graph, dict[str, torch.Tensor]]:

@@ -13,6 +13,7 @@ from surgeon.fold import Fold, folds, normals, oriented, stacked, value_of
 from surgeon.graph import Graph
 from surgeon.options import documented_spec
 from surgeon.planning import base_bytes, base_parameters
+from surgeon.report_virtual import VirtualSite, virtual_sites
 from surgeon.run import owners
 from surgeon.sites import sites
 from surgeon.strip import without
@@ -54,7 +55,8 @@ class Report:
         trainable_parameters: that training changes.
         base_parameters: of the base model.
         site_count: number of adapted sites.
-        sites: the adapted sites, in the order of the model.
+        sites: those whose weights change, in the order of the model.
+        virtual: those with virtual tokens.
         base_bytes: of the base on disk, in its dtype.
         files: name → bytes of the files in the folder.
         notes: what capture found worth telling.
@@ -69,6 +71,7 @@ class Report:
     base_parameters: int
     site_count: int
     sites: tuple[AdaptedSite, ...]
+    virtual: tuple[VirtualSite, ...]
     base_bytes: int
     files: dict[str, int]
     notes: tuple[str, ...]
@@ -93,7 +96,7 @@ def report(graph: Graph, folder: str | Path, progress: Callable[[str, int, int],
         done += 4 * graph.tensors[weight].count
         if progress is not None:
             progress(path, done, total)
-    place = Path(folder)
+    place, virtual = Path(folder), virtual_sites(graph)
     listed = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else []
     files = {path.relative_to(place).as_posix(): path.stat().st_size for path in listed}
     return Report(
@@ -104,8 +107,9 @@ def report(graph: Graph, folder: str | Path, progress: Callable[[str, int, int],
         methods=tuple(documented_spec(step) for step in graph.applied),
         trainable_parameters=sum(spec.count for spec in graph.trainable().values()),
         base_parameters=base_parameters(graph),
-        site_count=len(found),
+        site_count=len(found) + len(virtual),
         sites=tuple(found),
+        virtual=virtual,
         base_bytes=base_bytes(graph),
         files=files,
         notes=graph.notes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 from torch import fx
 
@@ -36,24 +37,25 @@ def chosen_sites(graph: Graph, step: Pass) -> tuple[list[Site], list[Skip]]:
     return [s for s in found if isinstance(s, Site)], [s for s in found if isinstance(s, Skip)]
 
 
-def apply(graph: Graph, *steps: Pass, seed: int = 0) -> Graph:
+def apply(graph: Graph, *steps: Pass, seed: int = 0, tokenizer: Any = None) -> Graph:
     """A new graph with the passes applied in order; the given one is not touched, weights are shared.
 
     Args:
         graph: the graph to start from.
         steps: the passes.
         seed: of the first values of what they insert.
+        tokenizer: of the model, for first values that are made from text.
 
     Raises:
         UsageError: a pass matches nothing, or is applied twice and does not stack.
         SurgeonError: a pass's own requirement or promise does not hold.
     """
     for step in steps:
-        graph = _apply_one(graph, step, seed)
+        graph = _apply_one(graph, step, seed, tokenizer)
     return graph
 
 
-def _apply_one(graph: Graph, step: Pass, seed: int) -> Graph:
+def _apply_one(graph: Graph, step: Pass, seed: int, tokenizer: Any) -> Graph:
     if not step.stacks and any(done.name == step.name for done in graph.applied):
         raise UsageError(f"{step.name} is already applied", graph.source, "start from a graph without it")
     step = step.fitted(graph)
@@ -76,6 +78,7 @@ def _apply_one(graph: Graph, step: Pass, seed: int) -> Graph:
             if path:
                 result.layers[path] = part
     step.finish(result, owner)
+    step.initialise(result, owner, seed, tokenizer)
     result.applied = (*graph.applied, step)
     spec.check(result, owner)
     step.ensures(result)
@@ -105,12 +108,15 @@ def without_values(graph: Graph) -> Graph:
 
 
 def require_node(graph: Graph, kind: str, method: str) -> None:
-    """Raise UnsupportedError unless the graph has a site of this kind."""
+    """Raise UnsupportedError unless the graph has a site of this kind; it says why not, and what works without."""
+    from surgeon.passes import PASSES, find
     from surgeon.sites import sites
 
     if not sites(graph, kind):
+        others = [name for name in PASSES if kind not in find(name).kinds]
+        why = [note for note in graph.notes if note.startswith(f"{kind} captured")]
         raise UnsupportedError(
             f"{method} needs an {kind} node, and {graph.config.model_type} was captured without one",
-            "; ".join(graph.notes) or graph.source,
-            "the low-rank methods work on every architecture: lora, vera",
+            "; ".join(why or graph.notes) or graph.source,
+            f"methods that need none: {', '.join(others)}",
         )

@@ -13,6 +13,7 @@ from surgeon.errors import SurgeonError
 from surgeon.graph import Graph, path_of, tag
 
 aten = torch.ops.aten
+GIVEN = "given"  # node.meta key: (owner, position or keyword, what undoes it) of what passes gave a site's node
 LINEAR, CONV1D, EMBEDDING, ATTENTION, EXPERTS = "linear", "conv1d", "embedding", "attention", "experts"
 
 
@@ -148,7 +149,13 @@ def argument_of(node: fx.Node, position: int) -> fx.Node:
     found: Any = node.args[position]
     while (mark := tag(found)) and mark.input and mark.site == node.name:
         found = source_of(found)
-    return found  # type: ignore[no-any-return]
+    return found
+
+
+def has_argument(node: fx.Node, position: int) -> bool:
+    """Whether the model gives a site's node this argument: an optional one that no pass gave it."""
+    mine = position < len(node.args) and isinstance(node.args[position], fx.Node)
+    return mine and all(key != position for _, key, _ in node.meta.get(GIVEN, ()))
 
 
 def source_of(fed: fx.Node) -> fx.Node:

@@ -17,8 +17,11 @@ from surgeon.errors import UsageError
 from surgeon.graph import Graph
 from surgeon.heads import fresh_modules
 from surgeon.labels import LABELLED
+from surgeon.remote_code import check_known, is_trusted
 from surgeon.tasks import Task, find_task
 from surgeon.weights import ModelWeights
+
+DOWNLOADED = ("*.json", "*.model", "*.txt", "*.jinja")
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,20 @@ class Source:
     task: Task
     labels: tuple[str, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """What others know it by: the hub id of a downloaded model, else its folder's name, without the path to it."""
+        folder = self.folder.absolute()
+        repository = folder.parent.parent.name
+        if folder.parent.name == "snapshots" and repository.startswith("models--"):
+            return repository.removeprefix("models--").replace("--", "/")
+        return folder.name
 
-def resolve(name: str | Path) -> Path:
-    """The local folder of a path or of a hub id, downloading the latter's safetensors, config and tokenizer.
+
+def resolve(name: str | Path, *, weights: bool = True) -> Path:
+    """The local folder of a path or of a hub id, downloading the latter's config, tokenizer and safetensors.
+
+    Pickles are not downloaded; with `weights=False` nor are safetensors.
 
     Raises:
         UsageError: there is no such folder, and no such model can be downloaded.
@@ -56,7 +70,7 @@ def resolve(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        patterns = [*DOWNLOADED, *(["*.safetensors"] if weights else []), *(["*.py"] if is_trusted() else [])]
         return Path(snapshot_download(str(name), allow_patterns=patterns))
     except Exception as error:
         raise UsageError(
@@ -71,18 +85,19 @@ def open_source(
     task: str | None = None,
     *,
     weights: bool = True,
-    trust_remote_code: bool = False,
     labels: Sequence[str] = (),
 ) -> Source:
     """Open a base model; with `weights=False` its config is enough. `labels` names the classes of a classifier.
 
     Raises:
-        UsageError: the folder lacks files, or they are damaged (see `surgeon.checkpoint`).
+        UsageError: the folder lacks files, or they are damaged (see `surgeon.checkpoint`), or the model needs code of
+            its own (see `surgeon.remote_code`).
     """
-    folder = resolve(name)
+    folder = resolve(name, weights=weights)
     checkpoint = Checkpoint.open(folder, weights=weights)
+    check_known(checkpoint.config, folder)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=is_trusted())
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
@@ -96,7 +111,14 @@ def open_source(
 
 
 def _set_labels(config: transformers.PretrainedConfig, task: Task, labels: tuple[str, ...]) -> None:
-    """The classes in the config, from which transformers makes the head; a span has a start and an end."""
+    """The classes in the config, from which transformers makes the head; a span has a start and an end.
+
+    A decoder finds the last token of a sequence by the padding token: without one it is the end token.
+    """
+    text = config.get_text_config()
+    if task.name == "sequence-classification" and getattr(config, "pad_token_id", None) is None:
+        ends = getattr(text, "eos_token_id", None)
+        config.pad_token_id = ends[0] if isinstance(ends, list) else ends
     if labels:
         if task.name not in LABELLED:
             hint = f"leave them out, or name a task with classes: {', '.join(LABELLED)}"
@@ -133,7 +155,7 @@ def read_weights(source: Source, seed: int = 0) -> tuple[ModelWeights, dict[str,
     auto = getattr(transformers, source.task.auto_class)
     dtype = stored_dtype(source)
     with torch.device("meta"):
-        model = auto.from_config(source.config, dtype=dtype)
+        model = auto.from_config(source.config, dtype=dtype, trust_remote_code=is_trusted())
     model.tie_weights()
     weights = ModelWeights(source.checkpoint, model, seed, resized=bool(source.labels))
     materialise_buffers(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,7 @@ from torch import fx
 
 from surgeon.graph import sweep
 from surgeon.layers import Retrace
+from surgeon.runs import OPERANDS, Call, Run
 
 _surgeon = torch.ops.surgeon
 
@@ -41,12 +43,13 @@ class Split:
     layers: dict[str, fx.Graph]
 
 
-def split(graph: fx.Graph, followers: dict[str, list[str]]) -> Split:
+def split(graph: fx.Graph, followers: dict[str, list[str]], runs: Sequence[Run]) -> Split:
     """Cut `graph` at its markers.
 
     Args:
-        graph: traced and cleaned, with `surgeon::enter`, `leave` and `layer` nodes.
+        graph: traced and cleaned, with `surgeon::enter`, `leave` and `layers` nodes.
         followers: path of a traced layer → paths of the opaque layers equal to it.
+        runs: what each `layers` node stands for.
 
     Raises:
         Retrace: a layer with followers hands a value on besides its results, or reads another layer's.
@@ -55,7 +58,7 @@ def split(graph: fx.Graph, followers: dict[str, list[str]]) -> Split:
     inside = {node: region for region in regions for node in region.nodes}
     for region in regions:
         _check_closed(region, inside, shared=bool(followers.get(region.path)))
-    builder = _Builder(graph, regions, inside, followers)
+    builder = _Builder(graph, regions, inside, followers, runs)
     return builder.build()
 
 
@@ -91,9 +94,14 @@ class _Builder:
     """Copies nodes into the trunk or into layer graphs, keeping their order."""
 
     def __init__(
-        self, graph: fx.Graph, regions: list[Region], inside: dict[fx.Node, Region], followers: dict[str, list[str]]
+        self,
+        graph: fx.Graph,
+        regions: list[Region],
+        inside: dict[fx.Node, Region],
+        followers: dict[str, list[str]],
+        runs: Sequence[Run],
     ) -> None:
-        self.graph, self.inside = graph, inside
+        self.graph, self.inside, self.runs = graph, inside, runs
         self.trunk = fx.Graph()
         self.layers: dict[str, fx.Graph] = {}
         self.new: dict[fx.Node, fx.Node] = {}
@@ -105,9 +113,9 @@ class _Builder:
     def build(self) -> Split:
         for node in self.graph.nodes:
             if node in self.region_of:
-                self._call(self.region_of[node], node.args[0], node)
-            elif node.target is _surgeon.layer.default:
-                self._follow(node)
+                self._lead(self.region_of[node])
+            elif node.target is _surgeon.layers.default:
+                self._run(node)
             elif node in self.new or node in self.inside or self._is_marker(node):
                 continue
             else:
@@ -117,45 +125,51 @@ class _Builder:
         return Split(self.trunk, self.layers)
 
     def _is_marker(self, node: fx.Node) -> bool:
-        item = node.target is operator.getitem and node.args[0] in self.region_of
-        return item or node.target is _surgeon.leave.default
+        source = node.args[0] if node.target is operator.getitem else None
+        opaque = isinstance(source, fx.Node) and source.target is _surgeon.layers.default
+        return opaque or source in self.region_of or node.target is _surgeon.leave.default
 
-    def _call(self, region: Region, given: object, marker: fx.Node) -> None:
+    def _lead(self, region: Region) -> None:
         """Build the layer's graph and call it from the trunk."""
-        layer, inputs, results = _layer_graph(region, self.inside)
-        self.inputs[region.path], self.results[region.path] = inputs, results
+        layer, self.inputs[region.path], self.results[region.path] = _layer_graph(region, self.inside)
         self.layers[region.path] = layer
-        call = self._emit(region.path, inputs, given, marker)
-        assert region.leave is not None
-        for position, result in enumerate(results):
-            item = self.trunk.call_function(operator.getitem, (call, position))
-            item.meta = dict(result.meta)
+        made = self._call(region.path, region, [self.new[node] for node in region.enter.args[0]])
+        for result, item in made.items():
             self.new.setdefault(result, item)
+        assert region.leave is not None
         for item in region.leave.users:
             self.new[item] = self.new[region.leave.args[0][item.args[1]]]
 
-    def _follow(self, node: fx.Node) -> None:
-        """An opaque layer: the same graph, called with its own arguments."""
-        path = str(node.args[2])
-        region = self.leader[path]
-        self.layers[path] = self.layers[region.path]
-        call = self._emit(path, self.inputs[region.path], node.args[0], node)
-        order = {result: i for i, result in enumerate(self.results[region.path])}
-        assert region.leave is not None
-        for item in node.users:
-            result = region.leave.args[0][item.args[1]]
-            made = self.trunk.call_function(operator.getitem, (call, order[result]))
-            made.meta = dict(item.meta)
-            self.new[item] = made
+    def _run(self, node: fx.Node) -> None:
+        """Opaque layers: each calls the graph of its equal with its own arguments."""
+        run, made = self.runs[node.args[2]], list[list[fx.Node]]()
+        operands = [self.new[source] for source in node.args[0]]
+        for call in run.calls[: run.taken]:
+            given = [operands[i] if number == OPERANDS else made[number][i] for number, i in call.sources.values()]
+            made.append(self._follow(call, given))
+        items = [item for results in made for item in results]
+        self.new.update({user: items[user.args[1]] for user in node.users if user.args[1] < len(items)})
 
-    def _emit(self, path: str, inputs: list[tuple[str, int | fx.Node]], given: object, like: fx.Node) -> fx.Node:
-        args = [
-            self.new[given[source]] if isinstance(source, int) else self._outer(source)  # type: ignore[index]
-            for _, source in inputs
-        ]
-        call = self.trunk.call_module(path, tuple(args))
-        call.meta = {"path": path, "val": like.meta.get("val")}
-        return call
+    def _follow(self, call: Call, given: list[fx.Node]) -> list[fx.Node]:
+        region = self.leader[call.path]
+        self.layers[call.path] = self.layers[region.path]
+        made = self._call(call.path, region, given)
+        assert region.leave is not None
+        return [made[result] for result in region.leave.args[0]]
+
+    def _call(self, path: str, region: Region, given: list[fx.Node]) -> dict[fx.Node, fx.Node]:
+        """Call the graph of a layer's kind; the node in the trunk for each of its results."""
+        inputs = self.inputs[region.path]
+        args = tuple(given[source] if isinstance(source, int) else self._outer(source) for _, source in inputs)
+        call = self.trunk.call_module(path, args)
+        results = self.results[region.path]
+        call.meta = {"path": path, "val": [result.meta["val"] for result in results]}
+        made = {}
+        for position, result in enumerate(results):
+            made[result] = self.trunk.call_function(operator.getitem, (call, position))
+            inner = str(result.meta.get("path", "")).removeprefix(region.path)
+            made[result].meta = {**result.meta, "path": path + inner}
+        return made
 
     def _outer(self, node: fx.Node) -> fx.Node:
         """A value from outside the region; attribute reads that only the layer made are repeated in the trunk."""

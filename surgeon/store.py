@@ -6,6 +6,7 @@ loss log), and swaps the two in one step: a kill leaves the old state or the new
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -24,6 +25,8 @@ from surgeon.peft_values import put
 from surgeon.source import open_graph, open_source
 
 TEXT, OWN_WEIGHTS = "graph.txt", "surgeon.safetensors"
+REST = "adapter"
+"""The folder in a merged checkpoint with what did not fold."""
 _OURS = (manifest.FILE, TEXT, card.FILE, peft_files.CONFIG, peft_files.WEIGHTS, OWN_WEIGHTS)
 load_adapter = peft_load.load_adapter
 
@@ -38,6 +41,11 @@ def is_adapter_folder(folder: str | Path) -> bool:
     return (Path(folder) / peft_files.CONFIG).is_file()
 
 
+def has_rest(folder: str | Path) -> bool:
+    """Whether a folder is a merged checkpoint that adapters lie beside."""
+    return is_work_folder(Path(folder) / REST)
+
+
 def save(
     graph: Graph,
     folder: str | Path,
@@ -45,6 +53,7 @@ def save(
     overwrite: bool = False,
     seed: int | None = None,
     probes: Sequence[Mapping[str, Any]] = (),
+    base: Path | None = None,
 ) -> Path:
     """Write a work folder.
 
@@ -54,6 +63,7 @@ def save(
         overwrite: allow that.
         seed: the seed the passes were applied with; None for that of the folder that is replaced, else 0.
         probes: `{"prompt": ids, "tokens": greedy continuation}` each, to be replayed by whoever loads it.
+        base: the name the base will have, where it still has a temporary one.
 
     Raises:
         UsageError: nothing is applied, the graph has no base folder, or `folder` is taken.
@@ -68,11 +78,14 @@ def save(
     old = _previous(folder, overwrite)
     seed = seed if seed is not None else (old.seed if old is not None else 0)
     steps = _steps(graph)
-    base = manifest.describe_base(graph.source, folder, graph.config.model_type)
+    described = manifest.describe_base(graph.source, folder, graph.config.model_type)
+    if base is not None:
+        graph = dataclasses.replace(graph, source=str(base))
+        described["path"] = str(base.absolute())
     written = text.render(graph)
     record = Manifest(
-        manifest.SCHEMA, base, graph.task, tuple(steps), text.digest(graph), seed, manifest.versions(), tuple(probes),
-        graph.labels,
+        manifest.SCHEMA, described, graph.task, tuple(steps), text.digest(graph), seed, manifest.versions(),
+        tuple(probes), graph.labels,
     )  # fmt: skip
     with atomic_folder(folder, overwrite=overwrite) as new:
         if old is not None:

@@ -74,7 +74,7 @@ class StreamingExecutor:
 
     def _step(self, node: fx.Node, values: list[dict[fx.Node, Any]], prefix: str) -> list[Any]:
         """One node, for every lane."""
-        if node.op == "call_function" and node.target is aten.linear.default and node.args[1].op == "get_attr":
+        if _multiplies(node):
             return self._linear(node, values, prefix)
         lookup = node.target is aten.embedding.default
         read = {
@@ -120,3 +120,10 @@ class StreamingExecutor:
             return torch.device("cpu")
         name = self.graph.resolve(prefix + str(node.target))
         return read_tensor(self.graph, name, self.dtype if cast else None, torch.device("cpu"))
+
+
+def _multiplies(node: fx.Node) -> bool:
+    """Whether a node brings what was computed through a weight (and is not a weight through a weight)."""
+    if node.op != "call_function" or node.target is not aten.linear.default:
+        return False
+    return bool(node.args[1].op == "get_attr" and node.args[0].op != "get_attr")

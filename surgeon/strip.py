@@ -7,7 +7,7 @@ from torch import fx
 from surgeon import wiring
 from surgeon.graph import Graph, Tag, copied, structure, sweep, tag
 from surgeon.run import owners
-from surgeon.sites import source_of
+from surgeon.sites import GIVEN, source_of
 
 
 def without(graph: Graph, gone: set[str]) -> Graph:
@@ -45,13 +45,33 @@ def _stripped(part: fx.Graph, gone: set[str]) -> fx.Graph:
     fresh, _ = copied(part)
     names = {node.name: node for node in fresh.nodes}
     for node in list(fresh.nodes):
+        _ungive(node, gone)
         mark = tag(node)
         if mark and mark.output and mark.owner in gone:
             node.replace_all_uses_with(_below(fresh, names[mark.site], node, gone))
         if mark and mark.input and mark.owner in gone:
             node.replace_all_uses_with(source_of(node))
+    for node in reversed(fresh.nodes):  # the sweep keeps what draws random numbers
+        mark = tag(node)
+        if mark and mark.owner in gone and node.op == "call_function" and not node.users:
+            fresh.erase_node(node)
     sweep(fresh)
     return fresh
+
+
+def _ungive(node: fx.Node, gone: set[str]) -> None:
+    """What passes gave a node besides what they feed it, taken back."""
+    given = node.meta.get(GIVEN, ())
+    for owner, key, undo in given:
+        if owner not in gone:
+            continue
+        if isinstance(key, int):
+            node.args = (*node.args[:key], None, *node.args[key + 1 :])[:undo]
+        else:
+            rest = {k: v - undo if k == key else v for k, v in node.kwargs.items()}
+            node.kwargs = {k: v for k, v in rest.items() if k != key or v}
+    if given:
+        node.meta[GIVEN] = tuple(one for one in given if one[0] not in gone)
 
 
 def _below(part: fx.Graph, base: fx.Node, output: fx.Node, gone: set[str]) -> fx.Node:

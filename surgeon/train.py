@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,12 @@ from typing import Any
 import transformers
 from torch import nn
 
-from surgeon.data import Collator
 from surgeon.errors import UnsupportedError, UsageError
 from surgeon.hook import Hook, hooks_of
 from surgeon.loss_log import LossLog, ProgressBar, plot_log, read_log
 from surgeon.passes.base import Pass
 from surgeon.recipe import SCHEDULERS, Recipe, make_recipe
-from surgeon.render import Rendered, load_data
+from surgeon.samples import Data, collator_for, samples_for
 from surgeon.trainer import SurgeonTrainer, check_same_run, checkpoints
 
 
@@ -26,13 +26,15 @@ from surgeon.trainer import SurgeonTrainer, check_same_run, checkpoints
 class TrainReport:
     """What a run did. Losses are nats per trained token; `loss` is the mean over the last tenth of the steps.
 
-    `data` is one line about the samples (Rendered.summary).
+    `data` is one line about the samples. For other tasks than language models losses are per label, and `eval_metrics`
+    are those of TaskReport.
     """
 
     steps: int
     first_loss: float
     loss: float
     eval_loss: float | None
+    eval_metrics: dict[str, float]
     data: str
     trainable_parameters: int
     tokens_per_second: float
@@ -47,10 +49,10 @@ class TrainReport:
 def train(
     model: nn.Module,
     tokenizer: Any,
-    data: Rendered | str | Path,
+    data: Data | str | Path,
     *,
     out: str | Path,
-    eval_data: Rendered | str | Path | None = None,
+    eval_data: Data | str | Path | None = None,
     resume: bool | str = False,
     hooks: Sequence[Hook] = (),
     progress: bool = True,
@@ -70,9 +72,8 @@ def train(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trainable:
         raise UsageError("no parameter of the model trains", type(model).__name__, "apply a method to it first")
-    limit = recipe.max_length or getattr(model.config, "max_position_embeddings", None)
-    samples = _samples(data, tokenizer, limit)
-    held_out = None if eval_data is None else _samples(eval_data, tokenizer, limit)
+    samples = samples_for(model, tokenizer, data, recipe.max_length)
+    held_out = None if eval_data is None else samples_for(model, tokenizer, eval_data, recipe.max_length)
     out = Path(out)
     hooks = [*_hooks(model, recipe.seed), *hooks]
     for hook in hooks:
@@ -84,16 +85,14 @@ def train(
     done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     _set_checkpointing(model, recipe.gradient_checkpointing)
     began = time.perf_counter()
-    config: Any = model.config
-    use_cache = getattr(config, "use_cache", None)
     log, bar = LossLog(out / "loss.jsonl", done), ProgressBar(run["total_steps"], done, progress)
-    try:
+    with _left_as_it_was(model, hooks, bar):
         trainer = SurgeonTrainer(
             model=model,
             args=_arguments(recipe, out, run["total_steps"], model, held_out is not None),
             train_dataset=samples,
             eval_dataset=held_out,
-            data_collator=Collator.of(tokenizer),
+            data_collator=collator_for(samples, tokenizer, model.config),
             hooks=hooks,
             log=log,
             bar=bar,
@@ -104,6 +103,20 @@ def train(
             trainer.load_finished(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    plot = out / "loss.png"
+    plot_log(log.path, plot, f"{run['total_steps']} steps, {trainable:,} trained parameters")
+    for hook in hooks:
+        hook.report(out)
+    return _report(trainer, log, plot, trainable, samples.summary(), time.perf_counter() - began, done)
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module, hooks: Sequence[Hook], bar: ProgressBar) -> Iterator[None]:
+    """Whatever happens within, afterwards the hooks are told, and the model has its own settings and no gradients."""
+    config: Any = model.config
+    use_cache = getattr(config, "use_cache", None)
+    try:
+        yield
     finally:
         bar.close()
         if use_cache is not None:
@@ -111,11 +124,6 @@ def train(
         for hook in hooks:
             hook.finish(model)
         model.zero_grad(set_to_none=True)
-    plot = out / "loss.png"
-    plot_log(log.path, plot, f"{run['total_steps']} steps, {trainable:,} trained parameters")
-    for hook in hooks:
-        hook.report(out)
-    return _report(trainer, log, plot, trainable, samples.summary(), time.perf_counter() - began, done)
 
 
 def learning_rate(model: nn.Module) -> float:
@@ -130,11 +138,7 @@ def _hooks(model: nn.Module, seed: int) -> list[Hook]:
     return [] if graph is None else hooks_of(graph, seed)
 
 
-def _samples(data: Rendered | str | Path, tokenizer: Any, max_length: int | None) -> Rendered:
-    return data if isinstance(data, Rendered) else load_data(data, tokenizer, max_length)
-
-
-def _run(recipe: Recipe, samples: Rendered, held_out: Rendered | None) -> dict[str, Any]:
+def _run(recipe: Recipe, samples: Data, held_out: Data | None) -> dict[str, Any]:
     """What must be equal for a run to be resumed; how often it saves may change."""
     options = {name: value for name, value in asdict(recipe).items() if name != "save_every"}
     held_out_digest = None if held_out is None else held_out.digest
@@ -199,13 +203,16 @@ def _report(
     lines = read_log(log.path)
     losses = [line["loss"] for line in lines if "loss" in line]
     last = losses[-max(len(losses) // 10, 1) :]
-    held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    held_out = [line for line in lines if "eval_loss" in line][-1:]
+    measured = {name.removeprefix("eval_"): value for line in held_out for name, value in line.items()}
+    eval_loss = measured.pop("loss", None)
     saved = checkpoints(Path(trainer.args.output_dir))
     return TrainReport(
         steps=trainer.state.global_step,
         first_loss=losses[0],
         loss=sum(last) / len(last),
-        eval_loss=held_out[-1] if held_out else None,
+        eval_loss=eval_loss,
+        eval_metrics={name: value for name, value in measured.items() if name != "step"},
         data=data,
         trainable_parameters=trainable,
         tokens_per_second=trainer.tokens_seen / seconds,

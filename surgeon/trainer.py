@@ -19,9 +19,11 @@ from surgeon import run_state
 from surgeon.atomic import atomic_folder
 from surgeon.errors import CheckFailed, UsageError
 from surgeon.evaluate import evaluate
+from surgeon.evaluate_tasks import TaskReport
 from surgeon.hook import Hook
-from surgeon.loss import IGNORE
 from surgeon.loss_log import LossLog, ProgressBar
+from surgeon.render import Rendered
+from surgeon.task_loss import count_items
 
 STATE, RUN = "trainer_state.json", "run.json"
 KEPT = 2
@@ -83,9 +85,8 @@ class SurgeonTrainer(transformers.Trainer):
         return loss
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        shifted = not getattr(self.model.config, "is_encoder_decoder", False)
-        labels = (batch["labels"][:, 1:] if shifted else batch["labels"] for batch in batch_samples)
-        count = sum(int((part != IGNORE).sum()) for part in labels)
+        shifted = isinstance(self.train_dataset, Rendered)
+        count = sum(count_items(batch, shifted=shifted) for batch in batch_samples)
         return torch.tensor(max(count, 1), device=device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -112,7 +113,9 @@ class SurgeonTrainer(transformers.Trainer):
         """The loss on the held-out data, also written to loss.jsonl."""
         size, precision = self.args.per_device_eval_batch_size, "bf16" if self.bf16 else "fp32"
         report = evaluate(self.model, self.tokenizer, self.eval_dataset, batch_size=size, precision=precision)
-        self.log_file.add(step=self.state.global_step, eval_loss=report.loss, eval_accuracy=report.accuracy)
+        measured = report.metrics if isinstance(report, TaskReport) else {"accuracy": report.accuracy}
+        named = {f"eval_{name}": value for name, value in measured.items()}
+        self.log_file.add(step=self.state.global_step, eval_loss=report.loss, **named)
         self.began = time.perf_counter()
         return {"eval_loss": report.loss}
 

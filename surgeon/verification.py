@@ -98,8 +98,13 @@ def make_probes(graph: Graph, tokenizer: Any = None, length: int = 16) -> list[P
 
 
 def probe_inputs(graph: Graph, probe: Probe) -> list[torch.Tensor]:
-    """The graph's inputs for one probe, without padding; a decoder is given the probe's first half reversed."""
+    """The graph's inputs for one probe, without padding; a decoder is given the probe's first half reversed.
+
+    Of multiple choice it has two choices, itself and itself reversed.
+    """
     ids = torch.tensor([probe.ids])
+    if graph.task == "multiple-choice":
+        ids = torch.stack([ids, ids.flip(-1)], 1)
     decoder = ids[:, : max(2, ids.shape[1] // 2)].flip(1)
     inputs = []
     for name in graph.inputs:
@@ -109,7 +114,7 @@ def probe_inputs(graph: Graph, probe: Probe) -> list[torch.Tensor]:
         elif name.endswith("attention_mask"):
             inputs.append(torch.ones_like(own))
         elif name == "position_ids":
-            inputs.append(torch.arange(own.shape[1])[None])
+            inputs.append(torch.arange(own.shape[-1]).expand(own.shape))
         elif name == "token_type_ids":
             inputs.append(torch.zeros_like(own))
         else:

@@ -8,17 +8,20 @@ user's again, so that heads, poolers and losses see the tokens they were made fo
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from surgeon import lengths
+from surgeon import lengths, numbering, positions
 from surgeon.edit import Edit
 from surgeon.errors import UnsupportedError
-from surgeon.graph import Graph, path_of, tag
+from surgeon.graph import MODEL_DTYPE, Graph, path_of, tag
+from surgeon.run import owners
 from surgeon.sites import EMBEDDING, Site, sites
+from surgeon.strip import without
 from surgeon.wiring import inputs_of
 
 aten = torch.ops.aten
@@ -40,6 +43,32 @@ class Parts:
     ids: fx.Node
     before: frozenset[fx.Node]
     inside: frozenset[fx.Node]
+
+
+def count(graph: Graph, name: str = "input_ids") -> int:
+    """How many virtual tokens stand before the tokens of one input of the model."""
+    return sum(step.virtual_tokens(graph).get(name, 0) for step in graph.applied)
+
+
+def afterwards(graph: Graph) -> Graph:
+    """The graph for tokens that follow the first ones: their virtual tokens are in the K/V cache by then."""
+    gone = {owner for owner, step in owners(graph.applied).items() if step.virtual_tokens(graph)}
+    return without(graph, gone) if gone else graph
+
+
+def in_front(mask: torch.Tensor, count: int, value: int = 1) -> torch.Tensor:
+    """A mask or labels `[b, t]` with `count` times the same value before them."""
+    return torch.nn.functional.pad(mask, (count, 0), value=value) if count else mask
+
+
+def moved(
+    graph: Graph, labels: torch.Tensor | None, spans: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+    """Labels `[b, t]` and positions of answers for outputs that begin with virtual tokens (no label: -100)."""
+    leading = sum(step.virtual_outputs(graph) for step in graph.applied)
+    if labels is not None and graph.task in ("causal-lm", "seq2seq-lm", "token-classification"):
+        labels = in_front(labels, leading, -100)
+    return labels, {name: position + leading for name, position in spans.items()}
 
 
 def token_embedding(graph: Graph, name: str) -> Site | None:
@@ -68,10 +97,13 @@ def prepend(edit: Edit, rows: fx.Node, count: int, *, whole: bool = False) -> No
     _check_lookups(graph, parts)
     cuts = _cuts(graph, parts)
     _embed(edit, rows)
+    last = parts.ids.meta["val"].dim() - 1
     for size in list(parts.ids.users):
-        if size.target is aten.sym_size.int and size.args[1] == 1:
+        if size.target is aten.sym_size.int and size.args[1] == last:
             longer = Edit.of_input(graph, owner, size)
-            longer.replace(longer.call(operator.add, size, count), keep=_others(size, parts))
+            total = longer.call(operator.add, size, count)
+            total.meta[positions.SHIFT] = count
+            longer.replace(total, keep=_others(size, parts))
     for node in inputs_of(graph.trunk):
         if str(node.target).startswith("decoder_") == str(parts.ids.target).startswith("decoder_"):
             _lead(Edit.of_input(graph, owner, node), node, count, parts)
@@ -92,12 +124,12 @@ def _parts(graph: Graph, embedding: fx.Node, whole: bool) -> Parts:
     return Parts(ids, frozenset(before), frozenset(inside - before))
 
 
-def _above(roots: list[fx.Node]) -> set[fx.Node]:
-    """The roots and everything they are computed from."""
+def _above(roots: list[fx.Node], known: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """The roots and everything they are computed from, but for what is known and what that is computed from."""
     found, queue = set(roots), list(roots)
     while queue:
         for node in queue.pop().all_input_nodes:
-            if node not in found:
+            if node not in found and node not in known:
                 found.add(node)
                 queue.append(node)
     return found
@@ -141,7 +173,7 @@ def _is_site(node: fx.Node, parts: Parts) -> bool:
 
 def _cuts(graph: Graph, parts: Parts) -> list[tuple[fx.Node, int]]:
     """What leaves the longer part with its virtual tokens, and along which axis they are."""
-    length = lengths.symbol(parts.ids.meta["val"].shape[1])
+    length = lengths.symbol(parts.ids.meta["val"].shape[-1])
     leaving = [node for node in parts.inside if any(u not in parts.inside | parts.before for u in node.users)]
     leaving = [node for node in sorted(leaving) if node.op == "call_function"]
     return [(node, axis) for node in leaving for axis in lengths.axes(node, length)]
@@ -163,22 +195,47 @@ def _embed(edit: Edit, rows: fx.Node) -> None:
     whole.replace(whole.call(aten.cat.default, [repeated, whole.y], 1), outer=True)
 
 
+def _returned(trunk: fx.Graph, embedding: fx.Node) -> fx.Node:
+    """What the module of an embedding returns: the embedding, or what the module itself makes of it (a scale)."""
+    own = [n for n in trunk.nodes if tag(n) is None and n.op == "call_function" and path_of(n) == path_of(embedding)]
+    return max(node for node in own if embedding in _above([node]))
+
+
 def _lead(edit: Edit, node: fx.Node, count: int, parts: Parts) -> None:
     """What virtual tokens have in front of an input that is as long as the ids: seen, numbered from 0, of type 0."""
     kind, keep = str(node.target).removeprefix("decoder_"), _others(node, parts)
     if kind not in (_MASK, _POSITIONS, _TYPES):
         return
-    batch = edit.call(aten.sym_size.int, node, 0)
+    last = node.meta["val"].dim() - 1
+    sizes = [edit.call(aten.sym_size.int, node, axis) for axis in range(last)]
     fill = aten.new_zeros.default if kind == _TYPES else aten.new_ones.default
-    front, rest = edit.call(fill, node, [batch, count]), node
+    front, rest = edit.call(fill, node, [*sizes, count]), node
     if kind == _POSITIONS:
-        front = edit.call(aten.sub.Tensor, edit.call(aten.cumsum.default, front, 1), 1)
+        first = numbering.first(edit.graph)
+        front = edit.call(aten.add.Tensor, edit.call(aten.cumsum.default, front, last), first - 1)
         rest = edit.call(aten.add.Tensor, node, count)
-    edit.replace(edit.call(aten.cat.default, [front, rest], 1), keep=keep)
+        rest.meta[positions.SHIFT] = count
+    edit.replace(edit.call(aten.cat.default, [front, rest], last), keep=keep)
 
 
-def position_limit(graph: Graph) -> int:
-    """How many positions the model has; 0 if it has no limit."""
-    config: Any = graph.config.get_text_config()
-    found = getattr(config, "max_position_embeddings", None)
-    return found if isinstance(found, int) else 0
+def embedded(graph: Graph, site: Site, ids: torch.Tensor) -> torch.Tensor:
+    """What an embedding's module returns for ids `[n]`: `[n, h]` in fp32, with the module's own scale."""
+    node = next(node for node in graph.trunk.nodes if node.name == site.node)
+    last, way = _returned(graph.trunk, node), _way(node)
+    known: dict[fx.Node, Any] = dict.fromkeys(way[1:], ids)
+    for step in sorted(_above([last], set(known)) - set(known)):
+        if step.op == "get_attr":
+            known[step] = _value(graph, str(step.target))
+        elif step.op == "call_function":
+            args, kwargs = fx.node.map_arg((step.args, dict(step.kwargs)), known.__getitem__)
+            known[step] = step.target(*args, **kwargs)
+    found: torch.Tensor = known[last]
+    return found
+
+
+def _value(graph: Graph, name: str) -> Any:
+    if name == MODEL_DTYPE:
+        return torch.float32
+    full = graph.resolve(name)
+    tensor = graph.inserted[full]() if full in graph.inserted else graph.values[full]
+    return tensor.float() if tensor.is_floating_point() else tensor

@@ -4,14 +4,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import fx
 
 from benchmarks.zoo.graphs import graph_of, inputs_of
 from surgeon import spec
-from surgeon.edit import Edit, Initial
+from surgeon.edit import Edit
 from surgeon.errors import UnsupportedError
 from surgeon.graph import Graph, copied, path_of, tag
+from surgeon.initial import Initial
 from surgeon.module import load
 from surgeon.sites import ATTENTION, Site, sites
+from surgeon.strip import without
 
 aten = torch.ops.aten
 
@@ -168,3 +171,37 @@ def test_first_values_have_the_spread_they_say() -> None:
     assert abs(float(Initial("normal", (16, 400), 0, "a")().std()) - 1) < 0.03
     assert Initial("constant:0.25", (2,), 0, "a")().tolist() == [0.25, 0.25]
     assert (Initial("zeros", (2,), 0, "a")().any(), Initial("ones", (2,), 0, "a")().all()) == (False, True)
+
+
+def test_an_argument_the_model_leaves_out_can_be_given_and_taken_back() -> None:
+    def write(edit: Edit) -> None:
+        assert edit.has(3)
+        assert not edit.has(4)
+        edit.give(4, edit.mul(edit.param("scores", (1, 1, 1, 1), "ones"), 2.0))
+        edit.raise_by("prefix", 3)
+        edit.raise_by("prefix", 2)
+        assert not edit.has(4)  # which says what the model gives
+        assert edit.node.kwargs["prefix"] == 5
+        assert edit.node.args[4].target is aten.mul.Tensor
+
+    graph = rewritten("llama", "layers.1.self_attn", write, ATTENTION)
+    assert without(graph, {"test"}).text() == graph_of("llama").text()
+
+
+def test_what_is_computed_once_is_handed_to_every_layer() -> None:
+    def make(trunk: Edit) -> fx.Node:
+        left, right = (trunk.shared(name, (3, 5), "ones", trainable=True) for name in ("left", "right"))
+        return trunk.mul(left, right)
+
+    def write(edit: Edit) -> None:
+        first, again = edit.once("product", make), edit.once("product", make)
+        assert first is again
+        assert first.op == "placeholder"
+        edit.feed(edit.add(edit.argument(0), edit.call(aten.sum.default, first)))
+
+    graph = rewritten("llama", "layers.1.self_attn", write, ATTENTION)
+    (made,) = [node for node in graph.trunk.nodes if node.meta.get("once") == "test.product"]
+    assert len(made.users) == len(graph.layers)
+    assert set(graph.trainable()) == {"test.left", "test.right"}
+    assert outputs(graph).isfinite().all()
+    assert without(graph, {"test"}).text() == graph_of("llama").text()

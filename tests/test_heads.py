@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, BertTokenizer
+from transformers import AutoModelForSequenceClassification, BertConfig
 
+from benchmarks.zoo.encoder import save_encoder
 from benchmarks.zoo.graphs import graph_of
 from surgeon import api, planning, store
 from surgeon.errors import UsageError
@@ -23,13 +24,7 @@ TARGETS = "*.{query,value}"
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An encoder without a head."""
-    folder = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(1)
-    BertModel(BertConfig(**SIZES, max_position_embeddings=32)).save_pretrained(folder)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    return folder
+    return save_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from benchmarks.zoo import families
 from benchmarks.zoo.graphs import graph_of
 from surgeon.capture import capture_config
-from surgeon.layers import LayerIndex, LayerTracer, Retrace, index_attributes, layer_lists, signature
+from surgeon.layers import LayerTracer, Retrace
+from surgeon.signature import LayerIndex, index_attributes, layer_lists, signature
 from surgeon.split import split
 
 # Kinds of layers: what the architecture says, not what the tracer found.
@@ -81,14 +82,22 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         store: dict[int, Tensor] = {}
+        outputs: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             if self.rule == "store":
                 x = layer(x, store=store)
             elif self.rule == "cast" and i == 1:
                 x = layer(x.relu()[None])[0]
+            elif self.rule == "in place" and i == 3:
+                x = layer(x.add_(1))
+            elif self.rule == "between" and i == 3:
+                x = layer(x * 2)
+            elif self.rule == "twice" and i == 3:
+                x = layer(layer(x))
             else:
                 x = layer(x)
-        return x
+            outputs.append(x)
+        return x + outputs[1] * outputs[-2] if self.rule == "skip" else x
 
 
 def traced(model: nn.Module) -> tuple[LayerTracer, fx.Graph]:
@@ -118,7 +127,7 @@ def test_equal_layers_are_traced_once() -> None:
     model = Model()
     tracer, graph = traced(model)
     assert [kind.path for kind in tracer.kinds.values()] == ["layers.0"]
-    cut = split(graph, {kind.path: kind.followers for kind in tracer.kinds.values()})
+    cut = split(graph, {kind.path: kind.followers for kind in tracer.kinds.values()}, tracer.runs)
     assert list(cut.layers) == [f"layers.{i}" for i in range(4)]
     assert len({id(layer) for layer in cut.layers.values()}) == 1
     assert [node.target for node in cut.trunk.nodes if node.op == "call_module"] == list(cut.layers)
@@ -131,6 +140,27 @@ def test_layers_that_depend_on_their_place_are_not_shared(rule: str) -> None:
 
 def test_a_layer_called_otherwise_is_a_kind_of_its_own() -> None:
     assert followers(Model("cast")) == [["layers.2", "layers.3"], []]
+
+
+@pytest.mark.parametrize("rule", ["", "skip", "in place", "between", "twice", "cast"])
+def test_what_happens_between_layers_is_kept(rule: str) -> None:
+    model = Model(rule, 6)
+    tracer, graph = traced(model)
+    cut = split(graph, {kind.path: kind.followers for kind in tracer.kinds.values()}, tracer.runs)
+    x = torch.randn(3, 4)
+    modules = {path: fx.GraphModule(model.get_submodule(path), layer) for path, layer in cut.layers.items()}
+    with torch.no_grad():
+        expected = model(x.clone())
+        found = fx.GraphModule({**modules, **dict(model.named_modules())} | modules, cut.trunk)(x)
+    assert torch.equal(found[0] if isinstance(found, tuple) else found, expected)
+
+
+@pytest.mark.parametrize(("rule", "regular"), [("", True), ("skip", True), ("in place", False), ("between", False)])
+def test_layers_that_follow_one_another_are_one_operator(rule: str, regular: bool) -> None:
+    tracer, graph = traced(Model(rule, 6))
+    assert len([n for n in graph.nodes if n.target is torch.ops.surgeon.layers.default]) == len(tracer.runs)
+    assert sum(run.taken for run in tracer.runs) == 5
+    assert [run.taken for run in tracer.runs] == ([5] if regular else [2, 1, 1, 1])
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -200,3 +200,32 @@ def test_changed_in_place() -> None:
     assert not surgeon.ops._hides_nothing(mask)
     with torch.inference_mode():
         assert surgeon.ops._hides_nothing(torch.ones(1, 2, dtype=torch.bool))
+
+
+def test_alibi_far_from_the_start_is_added_in_fp32() -> None:
+    q, k, v = (x.bfloat16() for x in tensors(kv=4, queries=1024, keys=1024))
+    bias = (torch.arange(1024.0) - 1023)[None, None, None] * torch.tensor([0.5, 0.25, 0.1, 0.01])[:, None, None]
+    exact = attention(q.float(), k.float(), v.float(), None, bias, scale=0.3, causal=True)
+    errors = [
+        float((attention(q, k, v, None, x, scale=0.3, causal=True).float() - exact)[:, :, :64].abs().max())
+        for x in (bias, bias.bfloat16())
+    ]
+    assert errors[0] < 0.03
+    assert errors[1] > 0.3  # the nearest keys of the first queries, whose biases are near -500, are all the same
+
+
+@pytest.mark.parametrize("options", [{"window": 3}, {"chunk": 3}], ids=["window", "chunk"])
+def test_every_query_sees_the_prefix_and_the_rest_is_as_without(options: dict[str, int]) -> None:
+    q, k, v = tensors(keys=9)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, 3:5] = False
+    rules = {"causal": True, "device": q.device, "window": 0, "chunk": 0, **options}
+    shown = visible(mask, 6, 9, prefix=3, **rules)  # type: ignore[arg-type]
+    plain = visible(mask[:, 3:], 6, 6, **rules)  # type: ignore[arg-type]
+    assert shown is not None
+    assert plain is not None
+    assert bool(shown[..., :3].all())
+    assert torch.equal(shown[..., 3:], plain)
+    found = attention(q, k, v, mask, scale=0.3, causal=True, prefix=3, **options)
+    expected = attention(q, k, v, None, shown, scale=0.3)
+    assert torch.allclose(found, expected, atol=1e-6)

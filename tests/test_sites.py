@@ -43,8 +43,15 @@ def test_every_matrix_of_the_model_is_one_site(family: str) -> None:
 def test_attentions_have_a_path_and_no_weight() -> None:
     found = sites.sites(graph_of("llama"), ATTENTION)
     assert [site.path for site in found] == [f"model.layers.{i}.self_attn" for i in range(4)]
-    assert {(site.weight, site.bias, site.inp, site.out) for site in found} == {("", "", 0, 0)}
+    assert {(site.weight, site.bias, site.inp, site.out) for site in found} == {("", "", 8, 8)}
+    assert {(site.heads, site.queries, site.role) for site in found} == {(2, 4, "decoder")}
     assert [site.layer for site in found] == [f"model.layers.{i}" for i in range(4)]
+
+
+def test_attentions_have_a_role() -> None:
+    roles = [site.role for site in sites.sites(graph_of("bart"), ATTENTION)]
+    assert roles == ["encoder"] * 2 + ["decoder", "cross"] * 2
+    assert {site.role for site in sites.sites(graph_of("bert"), ATTENTION)} == {"encoder"}
 
 
 def test_sites_come_in_the_order_of_the_model() -> None:

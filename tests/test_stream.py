@@ -52,6 +52,12 @@ def test_it_computes_what_the_module_computes(family: str) -> None:
     assert_same(StreamingExecutor(graph)(*inputs), expected(graph, inputs))
 
 
+def test_a_weight_through_a_weight_runs() -> None:
+    graph = randomised(run.apply(graph_of("llama"), make("prefix", tokens=3, hidden=5)))
+    inputs = inputs_of(graph)
+    assert_same(StreamingExecutor(graph)(*inputs), expected(graph, inputs))
+
+
 @pytest.mark.parametrize(
     ("method", "options"), [("lora", {}), ("vera", {}), ("adalora", {"ranks": (("*.h.1.*", 0), ("*.c_fc", 2))})]
 )

@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 
 from benchmarks.zoo import build, families
+from benchmarks.zoo.graphs import config_of
 from surgeon.graph import Graph
 from surgeon.source import Source, open_graph, open_source
 
@@ -23,24 +24,33 @@ def _root() -> tempfile.TemporaryDirectory[str]:
 
 
 @functools.cache
-def folder_of(name: str) -> Path:
-    """The family's random model on disk; `<family>-tied` is the same with its embeddings tied."""
+def folder_of(name: str, task: str = "") -> Path:
+    """The family's random model on disk; `<family>-tied` is the same with its embeddings tied.
+
+    `task` is the family's own if not given.
+    """
     family = name.removesuffix("-tied")
-    config = families.tiny_config(family)
+    config = config_of(family, task) if task else families.tiny_config(family)
     config.tie_word_embeddings = config.tie_word_embeddings or family != name
-    return build.save(build.build(config, families.task_of(family)), Path(_root().name) / name)
+    kind = "base" if task == "features" else task or families.task_of(family)
+    return build.save(build.build(config, kind), Path(_root().name) / f"{name}{task}")
 
 
-def captured(source: Source) -> Graph:
-    """The graph of a base with its values, as `surgeon.source.open_graph` gives it, captured once per folder."""
+def captured(source: Source, *, seed: int = 0) -> Graph:
+    """The graph of a base with its values, as `surgeon.source.open_graph` gives it, captured once per folder.
+
+    These models lack nothing that `seed` would be for; one with chosen classes is captured anew.
+    """
+    if source.labels:
+        return open_graph(source, seed=seed)
     if source.folder not in _GRAPHS:
         _GRAPHS[source.folder] = open_graph(source)
     return _GRAPHS[source.folder].copy()
 
 
-def base_of(name: str) -> tuple[Path, Graph]:
+def base_of(name: str, task: str = "") -> tuple[Path, Graph]:
     """The family's folder and graph."""
-    return folder_of(name), captured(open_source(folder_of(name)))
+    return folder_of(name, task), captured(open_source(folder_of(name, task)))
 
 
 def reference(folder: Path) -> Any:

@@ -93,4 +93,5 @@ CANNOT: dict[str, str] = {
     "gemma4_unified_assistant": _DRAFTS,
     "musicgen": _MUSIC,
     "musicgen_melody": _MUSIC,
+    "xlnet": "transformers' own XLNet runs in fp32 alone (it makes its attention's matrices in fp32); traces are bf16",
 }

@@ -18,6 +18,7 @@ from surgeon.errors import UnsupportedError
 from surgeon.fold import Fold, by_bias, by_weight, fold, folds, normals, oriented, stacked, untied, value_of
 from surgeon.graph import Graph
 from surgeon.heads import head_config
+from surgeon.lower import rest
 from surgeon.lower.hf import Derived, MergeReport, write_merged
 from surgeon.lower.stream import Delta, WholeDelta
 from surgeon.normal import Normal
@@ -31,10 +32,17 @@ MANIFEST = "surgeon.json"
 
 @dataclass(frozen=True)
 class Merged:
-    """A merge: what was written, and the proof that it computes what the adapted model computes."""
+    """A merge: what was written, and the proof that it computes what the adapted model computes.
+
+    Attributes:
+        written: the checkpoint's files.
+        comparison: merged weights, with the rest on them, against the adapted model; None if it was not asked for.
+        rest: ids of the adapters that did not fold; they are in the folder `surgeon.lower.rest.FOLDER` beside them.
+    """
 
     written: MergeReport
     comparison: Comparison | None
+    rest: tuple[str, ...] = ()
 
 
 def merge(
@@ -46,9 +54,10 @@ def merge(
     dtype: torch.dtype | None = None,
     verify: bool = True,
     tokenizer: Any = None,
+    strict: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Merged:
-    """Write the base of `graph` with its adapters folded in to the folder `out`.
+    """Write the base of `graph` with its adapters folded in to the folder `out`; those that do not fold lie beside.
 
     Args:
         graph: an adapted graph with trained values over the weights of `source`.
@@ -58,13 +67,16 @@ def merge(
         dtype: store in this dtype instead of the base's.
         verify: compare before the folder is put into place.
         tokenizer: makes the probes; without one they are random tokens.
+        strict: refuse if an adapter does not fold.
         progress: called with (tensor, bytes done, bytes in all).
 
     Raises:
         CheckFailed: the merged files do not compute what the adapted graph computes; nothing is left behind.
-        UnsupportedError: an adapter changes a weight that has no place in the checkpoint.
+        UnsupportedError: an adapter changes a weight that has no place in the checkpoint, or does not fold.
     """
-    found = folds(graph)
+    if strict:
+        rest.require_none(graph, out)
+    found, left = folds(graph), rest.left_over(graph)
     groups = by_weight(graph, found)
     broken = untied(graph, groups)
     deltas, extra = changes(graph, source, groups, broken)
@@ -76,13 +88,19 @@ def merge(
     measured: list[Comparison] = []
 
     def check(folder: Path) -> None:
+        if left or verify:
+            merged_source = open_source(folder, source.task.name)
+            candidate = rest.put_back(graph, open_graph(merged_source))
+        if left:
+            rest.write(candidate, folder, Path(out))
         if verify:
-            measured.append(_verified(graph, source, folder, dtype, tokenizer))
+            measured.append(_verified(graph, source, candidate, merged_source, dtype, tokenizer))
             measured[0].require(str(out))
         manifest = {
-            "base": str(source.folder),
+            "base": source.name,
             "base_fingerprint": source.checkpoint.fingerprint(),
             "passes": [{"name": step.name, "options": step.options()} for step in graph.applied],
+            "rest": {"folder": rest.FOLDER, "adapters": left} if left else None,
             "verified": asdict(measured[0]) if measured else None,
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -98,7 +116,7 @@ def merge(
         overwrite=overwrite,
         check=check,
     )
-    return Merged(written, measured[0] if measured else None)
+    return Merged(written, measured[0] if measured else None, left)
 
 
 def changes(
@@ -204,15 +222,14 @@ def _converted(
     return {stored: WholeDelta(lambda weight, d=part: weight + d) for stored, part in parts.items()}  # type: ignore[misc]
 
 
-def _verified(graph: Graph, source: Source, folder: Path, dtype: torch.dtype | None, tokenizer: Any) -> Comparison:
-    merged_source = open_source(folder, source.task.name)
-    candidate = open_graph(merged_source)
-
+def _verified(
+    graph: Graph, source: Source, candidate: Graph, merged: Source, dtype: torch.dtype | None, tokenizer: Any
+) -> Comparison:
     def release() -> None:
         source.checkpoint.release()
-        merged_source.checkpoint.release()
+        merged.checkpoint.release()
 
-    once = fold(graph) if any(True for _ in folds(graph)) else graph
+    once = fold(graph) if folds(graph) else graph
     return compare(
         graph, candidate, probes=make_probes(graph, tokenizer), rounded=_rounded(once, dtype), release=release
     )

@@ -17,13 +17,15 @@ import onnx_ir as ir
 import torch
 import transformers
 
-from surgeon import fold, run
+from surgeon import run
 from surgeon.atomic import atomic_folder, check_target
 from surgeon.errors import UnsupportedError, UsageError, nearest
+from surgeon.finalise import finalise
 from surgeon.graph import Graph
 from surgeon.lower.onnx_check import Replay, replay
 from surgeon.lower.onnx_join import OPSET
 from surgeon.lower.onnx_model import build
+from surgeon.lower.virtual_columns import as_columns
 from surgeon.passes import make
 from surgeon.passes.base import Adapter
 from surgeon.verification import make_probes
@@ -81,7 +83,8 @@ def export_onnx(
 ) -> OnnxReport:
     """Write the folder `out` with the model, its configs, its tokenizer and a manifest with replayed probes.
 
-    Adapters are folded into the weights first.
+    Adapters are folded into the weights first. Virtual tokens become constant keys and values, which the graph puts
+    before the past at every attention: inputs, outputs, masks and positions are those of the text alone.
 
     Args:
         graph: a causal language model with values.
@@ -122,7 +125,7 @@ def export_onnx(
 
 
 def exportable(graph: Graph) -> Graph:
-    """The graph with its adapters folded in.
+    """The graph with its adapters folded in, and virtual tokens as constant keys and values at its attentions.
 
     Raises:
         UnsupportedError: it is no causal language model, or something stays that has no place in the export.
@@ -133,10 +136,9 @@ def exportable(graph: Graph) -> Graph:
             graph.source,
             "--target hf writes a merged checkpoint of any model",
         )
-    adapters = any(isinstance(step, Adapter) for step in graph.applied)
-    plain = fold.fold(graph) if adapters else graph
-    if plain.applied:
-        left = ", ".join(step.name for step in plain.applied)
+    plain = as_columns(finalise(graph))
+    left = ", ".join(step.name for step in plain.applied if not isinstance(step, Adapter))
+    if left:
         raise UnsupportedError(f"the ONNX export has no place for {left}", graph.source, "export without it")
     return plain
 

@@ -16,7 +16,8 @@ import numpy.typing as npt
 import onnxruntime
 import torch
 
-from surgeon.errors import CheckFailed
+from surgeon import fold, positions
+from surgeon.errors import CheckFailed, UnsupportedError
 from surgeon.graph import Graph
 from surgeon.stream import StreamingExecutor
 from surgeon.verification import RELATIVE, Probe
@@ -86,7 +87,7 @@ def replay(graph: Graph, file: Path, probes: Sequence[Probe], dtype: torch.dtype
     """
     session = open_session(file)
     prompts = [list(probe.ids[: max(2, len(probe.ids) - 4 * number)]) for number, probe in enumerate(probes)]
-    longest = getattr(graph.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    longest = (positions.limit(graph) or 10**9) - virtual_tokens(graph)
     steps = max(1, min(steps, longest - max(len(prompt) for prompt in prompts)))
     reference = StreamingExecutor(graph)
     batches, largest = [], 0.0
@@ -107,12 +108,26 @@ def replay(graph: Graph, file: Path, probes: Sequence[Probe], dtype: torch.dtype
     )
 
 
+def virtual_tokens(graph: Graph) -> int:
+    """How many positions columns take before the text."""
+    columns = {item.owner: item.columns().k.shape[1] for item in fold.columns(graph)}
+    return sum(columns.values())
+
+
 def open_session(file: Path) -> onnxruntime.InferenceSession:
-    """A CPU session that says nothing about what it optimises."""
+    """A CPU session that says nothing about what it optimises.
+
+    Raises:
+        UnsupportedError: ONNX Runtime has no kernel for a part of the model.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the binding's own classes, one per status code
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedError(f"ONNX Runtime: {reason}", file.name, "--target hf writes a checkpoint") from error
 
 
 def _replayed(
@@ -147,7 +162,7 @@ def left_padded(prompts: list[list[int]]) -> tuple[Array, Array]:
     return ids, mask
 
 
-def positions(mask: Array) -> Array:
+def numbered(mask: Array) -> Array:
     """Positions `[b, t]` that count the tokens from 0; padding is at 0."""
     found: Array = np.maximum(mask.cumsum(-1) - 1, 0)
     return found
@@ -174,7 +189,7 @@ def decode(session: Any, ids: Array, mask: Array, steps: int) -> tuple[Array, Ar
         feed = {
             "input_ids": new,
             "attention_mask": mask,
-            "position_ids": positions(mask)[:, -new.shape[1] :],
+            "position_ids": numbered(mask)[:, -new.shape[1] :],
             "token_type_ids": np.zeros_like(new),
             **past,
         }
@@ -201,7 +216,7 @@ def _reference(graph: Graph, run: StreamingExecutor, ids: Array, mask: Array) ->
     given = {
         "input_ids": ids,
         "attention_mask": mask,
-        "position_ids": positions(mask),
+        "position_ids": numbered(mask),
         "token_type_ids": np.zeros_like(ids),
     }
     logits = run(*(torch.from_numpy(given[name]) for name in graph.inputs))[graph.outputs.index("logits")]

@@ -162,6 +162,6 @@ def _stored(graph: Graph, name: str, turned: set[str], dtype: torch.dtype) -> An
 
     def read() -> torch.Tensor:
         tensor = read_tensor(graph, name, kind, torch.device("cpu")).detach()
-        return (tensor.t() if name in turned else tensor).contiguous()
+        return (tensor.t() if name in turned else tensor).to(kind).contiguous()
 
     return shape, kind, read

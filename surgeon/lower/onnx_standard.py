@@ -32,6 +32,7 @@ def attention(
     softcap: float = 0.0,
     dropout_p: float = 0.0,
     role: str = "self",
+    prefix: int = 0,
 ) -> torch.Tensor:
     """`surgeon.ops.attention` by matrix products and a softmax in fp32; arguments and result are the same.
 
@@ -40,7 +41,7 @@ def attention(
     """
     batch, heads, queries = q.shape[0], q.shape[1], q.shape[2]
     shared, keys = k.shape[1], k.shape[2]
-    seen = ops.visible(mask, queries, keys, causal=causal, window=window, chunk=chunk, device=q.device)
+    seen = ops.visible(mask, queries, keys, causal=causal, window=window, chunk=chunk, device=q.device, prefix=prefix)
     blind = mask is not None
     if bias is not None and bias.dtype == torch.bool:
         seen, bias, blind = (bias if seen is None else seen & bias), None, True

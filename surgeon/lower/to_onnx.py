@@ -10,6 +10,7 @@ import onnxscript
 from surgeon import api
 from surgeon.lower.onnx import OnnxReport, export_onnx
 from surgeon.model import SurgeonModel
+from surgeon.ranks import at_rank
 
 if TYPE_CHECKING:
     from surgeon.graph import Graph
@@ -18,7 +19,12 @@ assert onnxscript  # torch's exporter imports it late, and fails with an error o
 
 
 def export(
-    work: str | Path | SurgeonModel, out: str | Path, *, base: str | Path | None = None, **options: Any
+    work: str | Path | SurgeonModel,
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    rank: int | None = None,
+    **options: Any,
 ) -> OnnxReport:
     """Export a folder or a loaded model; options are those of `export_onnx`.
 
@@ -26,6 +32,7 @@ def export(
         work: a work folder, a PEFT adapter folder, a plain checkpoint, or a loaded model.
         out: the new folder.
         base: the base of an adapter, where the folder's own record of it no longer holds.
+        rank: of adapters that have every rank (DyLoRA); their highest if not given.
         options: see `surgeon.lower.onnx.export_onnx`.
     """
     graph: Graph
@@ -34,4 +41,5 @@ def export(
     else:
         graph = api.read(work, base=base)
         tokenizer = api.tokenizer_of(work) or api.tokenizer_of(graph.source)
+    graph = graph if rank is None else at_rank(graph, rank)
     return export_onnx(graph, out, tokenizer=tokenizer, **options)

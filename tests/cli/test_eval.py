@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,8 @@ from surgeon.cli.main import main
 
 
 @pytest.fixture(scope="module")
-def data(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    lines = (shared / "data/c_headers.heldout.jsonl").read_text().splitlines()[:3]
-    path = tmp_path_factory.mktemp("data") / "heldout.jsonl"
-    path.write_text("\n".join(lines))
-    return path
+def data(c_headers: Callable[[str, int], Path]) -> Path:
+    return c_headers("heldout", 3)
 
 
 def test_equals_transformers_loss(shared: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import builtins
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import onnx_ir
 import pytest
 
 from benchmarks.zoo import build, graphs
@@ -41,6 +44,42 @@ def test_a_work_folder_becomes_onnx(work: Path, tmp_path: Path, capsys: pytest.C
     assert sorted(found["files"]) == sorted(path.name for path in out.iterdir())
     for path in out.iterdir():
         assert str(work).encode() not in path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def virtual(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work folder with an MLP's prefix, a prompt and a LoRA."""
+    model = api.apply(base, "prefix", tokens=3, hidden=6, dropout=0.1)
+    model = api.apply(api.apply(model, "prompt", tokens=2, init="normal"), "lora", rank=2)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora.b"):
+            parameter.data += 0.1
+    return model.save(tmp_path_factory.mktemp("virtual") / "work")
+
+
+def test_virtual_tokens_become_constants(virtual: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "onnx"
+    assert main(["export", str(virtual), "--target", "onnx", "-o", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["token_agreement"] == 1.0
+    assert 0 < found["max_error"] <= found["bound"]
+    model = onnx_ir.load(out / "model.onnx")
+    constants = {name: tuple(value.shape) for name, value in model.graph.initializers.items() if ".prefix" in name}
+    assert sorted(constants.values()) == sorted([(2, 3, 8), (2, 2, 8)] * 2 * 4)  # K and V of four layers, no MLP
+    assert [value.name for value in model.graph.inputs][:4] == [
+        "input_ids", "attention_mask", "position_ids", "past_key_values.0.key"
+    ]  # fmt: skip
+    manifest = json.loads((out / "surgeon.json").read_text())
+    assert [step["name"] for step in manifest["passes"]] == ["prefix", "prompt", "lora"]
+
+
+def test_hf_leaves_virtual_tokens_beside(virtual: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "hf"
+    assert main(["export", str(virtual), "--target", "hf", "-o", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["not_folded"], found["adapter_folder"]) == (["prefix", "prompt"], str(out / "adapter"))
+    assert main(["verify", str(virtual), str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"]
 
 
 def test_hf_is_merge(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,3 +127,52 @@ def test_a_missing_package_is_named(
     monkeypatch.setattr(builtins, "__import__", without)
     assert main(["export", str(base), "-o", str(tmp_path / "out")]) == 3
     assert "pip install model-surgeon[onnx]" in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal, sys
+from surgeon import atomic
+from surgeon.cli.main import main
+
+sync = atomic._sync_tree
+def kill(folder):
+    sync(folder)
+    os.kill(os.getpid(), signal.SIGKILL)
+atomic._sync_tree = kill
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("target", ["onnx", "hf"])
+def test_a_kill_leaves_the_old_folder(work: Path, tmp_path: Path, target: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("old")
+    command = ["export", str(work), "--target", target, "-o", str(out), "--overwrite", "--no-verify"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [path.name for path in out.iterdir()] == ["mine"]
+    assert len(list(tmp_path.iterdir())) == 2  # and what was being written, which the next command sweeps
+    assert main([*command]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert "mine" not in [path.name for path in out.iterdir()]
+
+
+FULL = """
+import resource, sys
+from surgeon.cli.main import main
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("target", ["onnx", "hf"])
+def test_a_full_disk_leaves_nothing(work: Path, tmp_path: Path, target: str) -> None:
+    command = ["export", str(work), "--target", target, "-o", str(tmp_path / "out")]
+    full = subprocess.run([sys.executable, "-c", FULL, *command], capture_output=True, text=True, check=False)
+    assert full.returncode == 1
+    lines = full.stderr.strip().splitlines()[-3:]
+    assert lines[0].startswith("the disk is full")
+    assert str(tmp_path / "out") in lines[1]
+    assert list(tmp_path.iterdir()) == []

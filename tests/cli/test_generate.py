@@ -1,4 +1,4 @@
-"""`surgeon generate` and `surgeon chat` from the command line, on the shared Llama."""
+"""`surgeon generate` from the command line, on the shared Llama."""
 
 from __future__ import annotations
 
@@ -40,8 +40,3 @@ def test_bad_options(llama: str, arguments: list[str], said: str, capsys: pytest
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[0].startswith(said)
     assert len(lines) == 3
-
-
-def test_chat_without_a_template(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["chat", llama]) == 2
-    assert capsys.readouterr().err.startswith("the tokenizer has no chat template")

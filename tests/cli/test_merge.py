@@ -35,7 +35,10 @@ def test_merge_and_verify(work: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     found = printed(capsys)
     assert {"max_error", "bound", "token_agreement", "seconds", "peak_rss_bytes"} <= set(found)
     assert 0 < found["max_error"] <= found["bound"]
-    assert json.loads((out / "surgeon.json").read_text())["verified"]["max_error"] == found["max_error"]
+    manifest = json.loads((out / "surgeon.json").read_text())
+    assert manifest["verified"]["max_error"] == found["max_error"]
+    assert manifest["base"] == "llama"
+    assert str(folder_of("llama").parent) not in (out / "surgeon.json").read_text()
     assert main(["verify", str(work), str(out), "--json"]) == 0
     found = printed(capsys)
     assert found["ok"]
@@ -62,6 +65,33 @@ def test_merge_refuses(
     assert words in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
     assert not list(tmp_path.glob(".merged*"))
+
+
+@pytest.fixture(scope="module")
+def virtual(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work folder with a prefix over a LoRA."""
+    model = api.apply(api.apply(folder_of("llama"), "lora", rank=2), "prefix", tokens=3)
+    return model.save(tmp_path_factory.mktemp("virtual") / "work")
+
+
+def test_what_does_not_fold_is_an_adapter_beside(
+    virtual: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "merged"
+    assert main(["merge", str(virtual), "-o", str(out)]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "not folded: prefix" in said
+    assert (out / "adapter" / "adapter_config.json").is_file()
+    assert main(["verify", str(virtual), str(out), "--json"]) == 0
+    assert printed(capsys)["ok"]
+
+
+def test_strict_merges_all_or_nothing(virtual: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", str(virtual), "-o", str(tmp_path / "merged"), "--strict"]) == 3
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 3
+    assert "prefix cannot be folded" in lines[0]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_merge_of_a_plain_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from surgeon import run, store
+from surgeon import fold, passes, run, store
 from surgeon.cli.main import main
 from surgeon.passes.lora import Lora
 from surgeon.passes.vera import Vera
@@ -31,15 +30,10 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("show")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "base")
-    base = open_graph(open_source(folder / "base"))
+    base = open_graph(open_source(tiny_llama))
     graph = run.apply(base, Lora(rank=4), Vera(rank=8, targets="up_proj"))
     for name, read in list(graph.inserted.items()):
         if name.endswith(("lora.b", "vera.b")):
@@ -124,10 +118,10 @@ def test_the_page_is_whole_and_loads_nothing(work: Path, tmp_path: Path, capsys:
         assert path in html
 
 
-def test_ranks_that_differ_are_a_map(work: Path, tmp_path: Path) -> None:
+def test_ranks_that_differ_are_a_map(tiny_llama: Path, tmp_path: Path) -> None:
     folder, page = tmp_path / "ranks", tmp_path / "page.html"
     given = ["--rank", "4", "--ranks", "model.layers.1.*=0", "--targets", "q_proj,up_proj"]
-    assert main(["apply", str(work.parent / "base"), "--method", "adalora", *given, "-o", str(folder)]) == 0
+    assert main(["apply", str(tiny_llama), "--method", "adalora", *given, "-o", str(folder)]) == 0
     assert main(["show", str(folder), "--html", str(page)]) == 0
     _, _, rest = page.read_text(encoding="utf-8").partition("Where the rank went")
     assert 'title="model.layers.0.mlp.up_proj: rank 4">4</i>' in rest
@@ -135,8 +129,38 @@ def test_ranks_that_differ_are_a_map(work: Path, tmp_path: Path) -> None:
     Page().feed(page.read_text(encoding="utf-8"))
 
 
-def test_a_plain_checkpoint_has_nothing_to_show(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["show", str(work.parent / "base")]) == 2
+@pytest.fixture(scope="module")
+def virtual(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = open_graph(open_source(tiny_llama))
+    graph = run.apply(base, passes.make("prompt", tokens=4), passes.make("prefix", tokens=3, hidden=5))
+    return store.save(graph, tmp_path_factory.mktemp("virtual") / "work")
+
+
+def test_virtual_tokens_have_sizes_and_lengths(
+    virtual: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    assert main(["show", str(virtual), "--html", str(page), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["sites"], found["site_count"]) == ([], 3)
+    rows, first, _ = found["virtual"]
+    assert (rows["path"], rows["tokens"], rows["shape"], rows["numbers"]) == ("model.embed_tokens", 4, [32], 128)
+    assert (first["method"], first["tokens"], first["shape"], first["numbers"]) == ("prefix", 3, [2, 8], 96)
+    graph = store.load(virtual)
+    lengths = graph.values["model.embed_tokens.weight"].norm(dim=1).mean()
+    assert rows["beside"] == pytest.approx(float(lengths), rel=1e-4)
+    column = fold.columns(graph)[0].columns()
+    assert first["norm"] == pytest.approx(float(column.k.transpose(0, 1).flatten(1).norm(dim=1).mean()), rel=1e-4)
+    assert main(["show", str(virtual)]) == 0
+    assert "3 × 2 × 8" in capsys.readouterr().err
+    html = page.read_text(encoding="utf-8")
+    assert "Virtual tokens" in html
+    assert "How far the weights moved" not in html
+    assert "model.layers.1.self_attn" in html
+
+
+def test_a_plain_checkpoint_has_nothing_to_show(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(tiny_llama)]) == 2
     assert "no method is applied" in capsys.readouterr().err
 
 

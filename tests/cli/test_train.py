@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,8 @@ def work(applied: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    lines = (shared / "data/c_headers.train.jsonl").read_text().splitlines()[:40]
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    path.write_text("\n".join(lines))
-    return path
+def data(c_headers: Callable[[str, int], Path]) -> Path:
+    return c_headers("train", 40)
 
 
 def trained(capsys: pytest.CaptureFixture[str], *args: object) -> dict[str, Any]:
@@ -61,10 +59,9 @@ def test_every_option_of_the_recipe_has_help() -> None:
 
 
 def test_held_out_loss_falls(
-    work: Path, shared: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    work: Path, data: Path, c_headers: Callable[[str, int], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    held_out = tmp_path / "heldout.jsonl"
-    held_out.write_text("\n".join((shared / "data/c_headers.heldout.jsonl").read_text().splitlines()[:12]))
+    held_out = c_headers("heldout", 12)
     before = api.load(work)
     found = trained(capsys, work, "--data", data, "--eval-data", held_out, "--steps", 12)
     assert found["steps"] == 12

@@ -48,7 +48,7 @@ def stepped(file: Path, ids: Any, mask: Any) -> Any:
     past, start, logits = onnx_check.empty_cache(session, len(ids)), 0, []
     for new in SCHEDULE:
         end = start + new
-        places = onnx_check.positions(mask)[:, start:end]
+        places = onnx_check.numbered(mask)[:, start:end]
         feed = {"input_ids": ids[:, start:end], "attention_mask": mask[:, :end], "position_ids": places, **past}
         found = dict(zip(outputs, session.run(None, {name: feed[name] for name in names}), strict=True))
         past = {k.replace("present", "past_key_values"): v for k, v in found.items() if k != "logits"}
@@ -62,7 +62,7 @@ def error_against_transformers(family: str, file: Path) -> float:
     ids, mask = batch(graphs.graph_of(family))
     given = {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in graphs.graph_of(family).inputs:
-        given["position_ids"] = onnx_check.positions(mask)
+        given["position_ids"] = onnx_check.numbered(mask)
     with torch.no_grad():
         expected = graphs.model_of(family)(**{k: torch.from_numpy(v) for k, v in given.items()}).logits.numpy()
     difference = np.abs(stepped(file, ids, mask) - expected)[mask > 0]
@@ -125,7 +125,7 @@ def test_weights_are_written_once(llama: onnx.OnnxReport) -> None:
 
 def logits_of(graph: Graph, ids: Any, mask: Any) -> Any:
     """The graph's own logits, adapters not folded."""
-    given = {"input_ids": ids, "attention_mask": mask, "position_ids": onnx_check.positions(mask)}
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": onnx_check.numbered(mask)}
     return StreamingExecutor(graph)(*(torch.from_numpy(given[name]) for name in graph.inputs))[0].numpy()
 
 

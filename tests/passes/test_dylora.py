@@ -16,14 +16,8 @@ from surgeon.module import load
 from surgeon.normal import Base
 from surgeon.passes import make
 from surgeon.passes.dylora import DrawRank, DyLora, drawn
+from surgeon.ranks import at_rank
 from surgeon.replaced import Held
-
-
-def at_rank(graph: Any, rank: int) -> Any:
-    (step,) = graph.applied
-    for name, value in step.active_at(rank).items():
-        graph.inserted[f"dylora.{name}"] = Held(value)
-    return graph
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
@@ -38,7 +32,7 @@ def test_a_rank_is_the_lora_of_that_rank(rank: int, rslora: bool) -> None:
         narrow.inserted[site.tensor("lora", "b")] = Held(p["b"][:, :rank])
     with torch.no_grad():
         found, expected = (load(g)(*inputs_of(g))[0] for g in (at_rank(wide, rank), narrow))
-        merged = load(fold.fold(wide))(*inputs_of(wide))[0]
+        merged = load(fold.fold(at_rank(wide, rank)))(*inputs_of(wide))[0]
     assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
     assert (merged - expected).abs().max() <= 2e-5 * expected.abs().max()
 
@@ -140,10 +134,3 @@ def test_a_run_draws_resumes_and_ends_with_every_rank(shared: Path, tmp_path: Pa
 def test_bad_options_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         make("dylora", **options)
-
-
-@pytest.mark.parametrize("rank", [0, 9])
-def test_a_rank_it_was_not_trained_at_is_refused(rank: int) -> None:
-    with pytest.raises(UsageError, match=f"no rank {rank}") as caught:
-        make("dylora", rank=8).active_at(rank)  # type: ignore[attr-defined]
-    assert "1 to 8" in caught.value.hint

@@ -1,0 +1,69 @@
+"""Floating-point operations of a graph, read off its nodes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from surgeon.graph import Graph
+from surgeon.sites import CONV1D, LINEAR, sites
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations per token, 2 per multiply-add of a weight matrix.
+
+    Attributes:
+        base: forward pass through the base's linears, experts in use and head.
+        adapter: forward pass through what the methods add.
+        forward: base + adapter.
+        training_step: 2 · forward + 2 · trained parameters: the backward pass sends gradients through every matrix
+            and forms weight gradients of the trained ones alone.
+        attention_per_position: what attention adds per position a token sees, scores and values: 2 · h · (d + d_v).
+    """
+
+    base: int
+    adapter: int
+    forward: int
+    training_step: int
+    attention_per_position: int
+
+
+def flops_of(graph: Graph, trained: int, adapter: int) -> Flops:
+    """The work of a model with `trained` trained parameters and `adapter` operations per token that methods add."""
+    linears = dataclasses.replace(graph, applied=())
+    base = sum(2 * site.inp * site.out for site in sites(linears, LINEAR, CONV1D)) + _per_layer(graph, _expert_flops)
+    forward = base + adapter
+    return Flops(base, adapter, forward, 2 * forward + 2 * trained, _per_layer(graph, _attention_flops))
+
+
+def _per_layer(graph: Graph, count: Callable[[Graph, fx.Node], int]) -> int:
+    """A number summed over every node, counted once per distinct layer graph."""
+    return sum(
+        len(prefixes) * count(graph, node)
+        for part, prefixes in graph.parts()
+        for node in part.nodes
+        if node.op == "call_function"
+    )
+
+
+def _attention_flops(graph: Graph, node: fx.Node) -> int:
+    if node.target is not torch.ops.surgeon.attention.default:
+        return 0
+    q, v = node.args[0].meta["val"], node.args[2].meta["val"]
+    return 2 * int(q.shape[1]) * (int(q.shape[3]) + int(v.shape[3]))
+
+
+def _expert_flops(graph: Graph, node: fx.Node) -> int:
+    """An expert matrix times the number of experts a token is sent to."""
+    if node.target is not torch.ops.surgeon.expert_linear.default:
+        return 0
+    config = graph.config.get_text_config()
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k", "moe_k")
+    used = next((int(n) for name in names if isinstance(n := getattr(config, name, None), int) and n > 0), 1)
+    shape = node.args[1].meta["val"].shape
+    return 2 * used * int(shape[1]) * int(shape[2])

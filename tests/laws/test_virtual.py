@@ -1,0 +1,201 @@
+"""Laws that every adapter obeys that no weight can hold: columns at attentions, rows before tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.zoo.graphs import graph_of, inputs_of, randomised
+from surgeon import fold, run
+from surgeon.errors import SurgeonError, UsageError
+from surgeon.finalise import finalise
+from surgeon.graph import Graph
+from surgeon.module import load
+from surgeon.passes import PASSES, find, make
+from surgeon.passes.base import Adapter
+from surgeon.planning import plan
+
+METHODS = {name: kind for name in PASSES if issubclass(kind := find(name), Adapter)}
+VIRTUAL = [name for name, kind in METHODS.items() if not kind.folds]
+FOLDING = [name for name, kind in METHODS.items() if kind.folds]
+WITH_HEAD = ("ptuning_v2",)
+FAMILIES = {name: ("bert",) if name in WITH_HEAD else ("gemma2", "bart", "bert") for name in VIRTUAL}
+CASES = [(name, family) for name in VIRTUAL for family in FAMILIES[name]]
+every = pytest.mark.parametrize("name", VIRTUAL)
+everywhere = pytest.mark.parametrize(("name", "family"), CASES)
+
+
+def small(name: str, **options: Any) -> Adapter:
+    """The method with options that fit tiny models."""
+    fields = {field.name for field in dataclasses.fields(find(name))}
+    sizes = {"tokens": 3, "rank": 3} if name in VIRTUAL else {"rank": 3, "targets": "all-linear"}
+    drawn = {"init": "normal"} if name in VIRTUAL else {}
+    given = {key: value for key, value in {**sizes, **drawn, **options}.items() if key in fields}
+    made = make(name, **given)
+    assert isinstance(made, Adapter)
+    return made
+
+
+@functools.cache
+def applied(name: str, family: str) -> Graph:
+    return run.apply(graph_of(family), small(name))
+
+
+@torch.no_grad()
+def outputs(graph: Graph, shape: tuple[int, int] = (2, 7), dtype: torch.dtype | None = None) -> torch.Tensor:
+    return torch.cat([value.flatten() for value in load(graph, dtype=dtype)(*inputs_of(graph, *shape))])
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal up to the rounding of fp32 arithmetic in another order."""
+    return bool((found - expected).abs().max() <= 2e-5 * expected.abs().max())
+
+
+def composed(base: Graph, first: str, second: str) -> Graph | None:
+    """Two methods, one after the other; None if that is refused, with a reason."""
+    reason: tuple[str, ...] = ()
+    try:
+        return run.apply(base, small(first), small(second))
+    except SurgeonError as error:
+        reason = (error.what, error.where, error.hint)
+    assert all(reason)
+    return None
+
+
+@everywhere
+def test_it_changes_the_model_and_leaves_its_shapes(name: str, family: str) -> None:
+    base, graph = graph_of(family), applied(name, family)
+    for shape in ((2, 7), (1, 3)):
+        before, after = outputs(base, shape), outputs(graph, shape)
+        assert before.shape == after.shape
+        assert (before - after).abs().max() > 1e-3
+        assert (outputs(graph, shape, torch.bfloat16) - after).abs().max() <= 0.1 * after.abs().max()
+
+
+@everywhere
+def test_exactly_the_declared_parameters_train(name: str, family: str) -> None:
+    graph = applied(name, family)
+    model = load(randomised(graph)).train()
+    sum(value.square().sum() for value in model(*inputs_of(graph))).backward()
+    trained = {full for full, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == set(graph.trainable())
+    for full, parameter in model.named_parameters():
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == (full in trained), full
+
+
+@everywhere
+def test_taken_out_it_leaves_nothing(name: str, family: str) -> None:
+    base = graph_of(family)
+    before, graph = base.text(), applied(name, family)
+    bare = fold.without(graph, {name})
+    assert base.text() == before == bare.text()
+    assert {full for full, spec in bare.tensors.items() if spec.owner} == set()
+    assert [len(paths) for _, paths in bare.groups()] == [len(paths) for _, paths in base.groups()]
+    assert sum(len(part.nodes) for part, _ in bare.parts()) == sum(len(part.nodes) for part, _ in base.parts())
+
+
+@everywhere
+def test_layers_rewritten_alike_still_share_one_graph(name: str, family: str) -> None:
+    assert [paths for _, paths in applied(name, family).groups()] == [paths for _, paths in graph_of(family).groups()]
+
+
+@everywhere
+def test_alone_it_has_nothing_to_merge_and_a_final_form(name: str, family: str) -> None:
+    trained = randomised(applied(name, family))
+    with pytest.raises(UsageError, match="no adapter to merge"):
+        fold.fold(trained)
+    assert close(outputs(finalise(trained)), outputs(trained))
+
+
+@everywhere
+def test_planned_counts_are_the_measured_ones(name: str, family: str) -> None:
+    graph, planned = applied(name, family), plan(graph_of(family), small(name))
+    trained = [spec.count for spec in graph.trainable().values()]
+    inserted = [spec.count for spec in graph.tensors.values() if spec.owner]
+    head = sum(spec.count for spec in graph.trainable().values() if not spec.owner)
+    assert planned.trainable_parameters == sum(trained)
+    assert planned.stored_parameters == sum(inserted) + head
+    assert planned.site_count == len(fold.rest(graph))
+
+
+@everywhere
+def test_applied_twice_it_stacks_or_is_refused(name: str, family: str) -> None:
+    once = applied(name, family)
+    if not find(name).stacks:
+        with pytest.raises(UsageError, match="already applied"):
+            run.apply(once, small(name))
+        return
+    twice = randomised(run.apply(once, small(name, tokens=2)))
+    assert {spec.owner for spec in twice.trainable().values() if spec.owner} == {name, f"{name}_2"}
+    assert outputs(twice).isfinite().all()
+    assert fold.without(twice, {f"{name}_2"}).text() == once.text()
+    alone = run.apply(graph_of(family), small(name, tokens=2)).text()
+    assert fold.without(twice, {name}).text().replace(f".{name}_2.", f".{name}.") == alone
+
+
+@every
+@torch.no_grad()
+def test_the_result_exports_again(name: str) -> None:
+    graph = randomised(applied(name, FAMILIES[name][0]))
+    model, inputs = load(graph), tuple(inputs_of(graph))
+    sizes = tuple({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for _ in inputs)
+    again = torch.export.export(model, inputs, dynamic_shapes=(sizes,), strict=False).module(check_guards=False)
+    for shape in ((2, 7), (3, 4)):
+        expected = model(*inputs_of(graph, *shape))
+        assert all(close(*pair) for pair in zip(again(*inputs_of(graph, *shape)), expected, strict=True))
+
+
+@every
+def test_first_values_depend_on_the_seed_and_the_name_alone(name: str) -> None:
+    def values(seed: int) -> dict[str, torch.Tensor]:
+        graph = run.apply(graph_of("bert"), small(name), seed=seed)
+        return {full: graph.inserted[full]() for full, spec in graph.trainable().items() if spec.owner}
+
+    once, again, other = values(3), values(3), values(4)
+    assert all(torch.equal(once[full], again[full]) and not torch.equal(once[full], other[full]) for full in once)
+
+
+BESIDE = [pair for one in VIRTUAL for two in FOLDING for pair in ((one, two), (two, one))]
+
+
+@pytest.mark.parametrize(("first", "second"), BESIDE, ids=lambda name: name)
+def test_what_folds_beside_it_folds_and_it_stays(first: str, second: str) -> None:
+    stays, folds = (first, second) if first in VIRTUAL else (second, first)
+    for family in FAMILIES[stays][:2]:
+        base = graph_of(family)
+        both = composed(base, first, second)
+        if both is None:
+            continue
+        both = randomised(both, std=0.05)
+        assert [step.name for step in both.applied] == [first, second]
+        merged = fold.fold(both)
+        assert close(outputs(merged), outputs(both))
+        assert merged.text() == applied(stays, family).text() == fold.without(both, {folds}).text()
+        assert fold.without(both, {stays}).text() == run.apply(base, small(folds)).text()
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(VIRTUAL, 2)), ids=lambda name: name)
+def test_two_of_them_compose_in_either_order_or_are_refused(first: str, second: str) -> None:
+    families = [family for family in FAMILIES[first] if family in FAMILIES[second]]
+    for family in families:
+        base = graph_of(family)
+        both, turned = composed(base, first, second), composed(base, second, first)
+        if both is None or turned is None:
+            continue
+        both = randomised(both)
+        assert set(both.trainable()) == set(turned.trainable())
+        assert fold.without(both, {first}).text() == applied(second, family).text()
+        assert fold.without(both, {second}).text() == applied(first, family).text()
+        if "prompt" in (first, second):  # two sets of columns are seen alike, but not in one place
+            turned.inserted.update(both.inserted)
+            assert close(outputs(turned), outputs(both))
+
+
+def test_the_laws_are_asked_of_someone() -> None:
+    assert {"prefix", "prompt"} <= set(VIRTUAL)
+    assert {"lora", "vera"} <= set(FOLDING)
