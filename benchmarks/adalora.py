@@ -2,7 +2,7 @@
 
     python -m benchmarks.adalora                              # everything, about an hour on 2 cores
     python -m benchmarks.adalora --parts time --rounds 5
-    python -m benchmarks.adalora --parts learning --seeds 1 --steps 40
+    python -m benchmarks.adalora --parts learning --seeds 1 --steps 40 --rates 0.005 0.015 0.03
 
 Base: ../shared/models/pystdlib-llama; adapters on all linears.
 
@@ -33,7 +33,7 @@ LENGTH = 256
 RANK, TARGET = 12, 8
 SCALE = 2.0
 T_INIT, T_FINAL = 0.1, 0.4
-RATES = {"lora": 2e-3, "adalora": 5e-3, "eager": 5e-3, "peft": 5e-3}
+RATES = {"lora": 5e-3, "adalora": 3e-2, "eager": 3e-2, "peft": 3e-2}
 
 
 # ---- seconds of a step
