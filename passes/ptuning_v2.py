@@ -22,7 +22,8 @@ class PTuningV2(Prefix):
 
     softmax(q [P_k; k]ᵀ) [P_v; v] with k: `[h, tokens, d]`, v: `[h, tokens, d]` per layer, 2 · layers · tokens · hidden
     numbers, for classifiers of sequences and of tokens, question answering and multiple choice. Columns have no
-    outputs. The head is found by the task and put into `modules_to_save`; its own dropout is the model's.
+    outputs. The head is found by the task and put into `modules_to_save`; its own dropout is the model's. A language
+    model keeps its own head, frozen.
 
     Published lengths are below 20 for simple classification and about 100 for labels of tokens; the default 16 lies
     between, where the reference code has 4 and its scripts 4 to 224. High learning rates are meant: 5e-3 to 6e-2.
@@ -46,12 +47,16 @@ class PTuningV2(Prefix):
             dataclasses.replace(self, dropout=0.0)  # checks the other options
 
     def fitted(self, graph: Graph) -> PTuningV2:
-        """With the task's head among `modules_to_save`, and the model's dropout. Raises for a model without a head."""
+        """With the task's head among `modules_to_save`, and the model's dropout; a language model has no head to train.
+
+        Raises:
+            UsageError: the model has no task: there is nothing to train for.
+        """
         from surgeon.heads import HEADED, head_modules
 
-        if graph.task not in HEADED:
-            what = f"{self.name} trains a task's head, and a model for {graph.task} has none"
-            raise UsageError(what, graph.source, f"--task, one of {', '.join(HEADED)}; for text: --method prefix")
+        if graph.task == "features":
+            what = f"{self.name} trains for a task, and a model for {graph.task} has none"
+            raise UsageError(what, graph.source, f"--task, one of {', '.join(HEADED)}, causal-lm, seq2seq-lm")
         saved = self.saving(graph, (*graph.fresh, *head_modules(graph))).modules_to_save
         dropout = self.dropout if self.dropout != OF_MODEL else _dropout_of(graph)
         return dataclasses.replace(self, modules_to_save=saved, dropout=dropout)

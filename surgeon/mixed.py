@@ -45,7 +45,7 @@ def _is_inserted(node: fx.Node, owners: set[str]) -> bool:
 
 
 def _join(graph: fx.Graph, node: fx.Node, owners: set[str], lowered: set[fx.Node]) -> bool:
-    """Tensors of passes beside the model's own in the dtype of the model: nothing is computed, and K and V are large."""
+    """Tensors of passes beside the model's own, in its dtype: nothing is computed, and K and V are large."""
     sources = [source for source in node.all_input_nodes if _is_float(source)]
     raised = [source for source in sources if _is_inserted(source, owners) and source not in lowered]
     if len(raised) == len(sources):

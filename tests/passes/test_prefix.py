@@ -12,8 +12,10 @@ import torch
 from torch import fx
 from transformers import AttentionInterface
 
+from benchmarks.zoo.causal import causal_config
 from benchmarks.zoo.graphs import graph_of, inputs_of, model_of, randomised
 from surgeon import fold, positions, run
+from surgeon.capture import capture_config
 from surgeon.errors import SurgeonError, UnsupportedError, UsageError
 from surgeon.finalise import finalise
 from surgeon.generate import generator
@@ -339,3 +341,9 @@ def test_it_can_be_subclassed() -> None:
 
     graph = run.apply(graph_of("llama"), Other())
     assert fold.columns(graph)[0].columns().k.shape == (2, 2, 8)
+
+
+def test_alibi_is_widened_for_every_layer_or_not_at_all() -> None:
+    base = capture_config(causal_config("bloom"), "causal-lm")
+    assert "layers share the position biases" in refusal(base, tokens=3, targets="*.h.0.*").what
+    assert len(run.apply(base, make("prefix", tokens=3)).trainable()) == 2 * len(base.layers)

@@ -125,7 +125,7 @@ REFUSED = [
     ("llama", {"layout": "both"}, "layout is 'both'"),
     ("llama", {"init": "text:"}, "no tokens"),
     ("llama", {"init": "labels:a|b|c", "tokens": 2}, "do not fit into 2"),
-    ("gemma3n_text", {}, "reads ids elsewhere"),
+    pytest.param("gemma3n_text", {}, "reads ids elsewhere", marks=pytest.mark.slow),
 ]
 
 
@@ -249,7 +249,16 @@ def test_an_adapter_of_the_embedding_stays_below_it() -> None:
 T5 = {"small": (512, 6, 1024, 8), "xxl": (4096, 64, 10240, 24)}
 
 
-@pytest.mark.parametrize(("size", "tokens"), [("small", 1), ("small", 20), ("small", 150), ("xxl", 5), ("xxl", 50)])
+@pytest.mark.parametrize(
+    ("size", "tokens"),
+    [
+        ("small", 1),
+        ("small", 20),
+        ("small", 150),
+        pytest.param("xxl", 5, marks=pytest.mark.slow),
+        pytest.param("xxl", 50, marks=pytest.mark.slow),
+    ],
+)
 def test_it_trains_what_the_paper_counts(size: str, tokens: int) -> None:
     width, heads, inner, layers = T5[size]
     config = T5Config(

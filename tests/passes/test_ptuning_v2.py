@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -141,10 +142,18 @@ def test_an_mlp_and_other_options() -> None:
         make("ptuning_v2", dropout=1.0)
 
 
+def test_a_language_model_trains_columns_alone() -> None:
+    graph = run.apply(graph_of("llama"), make("ptuning_v2", tokens=3))
+    assert {name.rpartition(".")[2] for name in graph.trainable()} == {"k", "v"}
+    base = run.apply(graph_of("llama"), make("prefix", tokens=3))
+    assert graph.text().replace("ptuning_v2", "prefix") == base.text()
+
+
 def test_refusals_name_what_works() -> None:
+    features = dataclasses.replace(graph_of("bert"), task="features")
     with pytest.raises(UsageError, match="has none") as caught:
-        run.apply(graph_of("llama"), make("ptuning_v2"))
-    assert "--method prefix" in caught.value.hint
+        run.apply(features, make("ptuning_v2"))
+    assert "--task" in caught.value.hint
     plain = graph_of("bert").copy()
     plain.layers = {path: _without_attention(part) for path, part in plain.layers.items()}
     with pytest.raises(UnsupportedError, match="needs an attention node") as refused:
