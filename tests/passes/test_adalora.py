@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,33 +8,21 @@ import peft
 import pytest
 import torch
 from peft.tuners.adalora.layer import RankAllocator
-from torch import nn
 
-import surgeon
 from benchmarks.zoo.folders import base_of, captured, reference
 from benchmarks.zoo.graphs import graph_of, inputs_of, randomised
-from surgeon import api, fold, run, store
+from surgeon import fold, run, store
 from surgeon.allocation import AllocateRanks
 from surgeon.errors import UsageError
 from surgeon.fuse import fused
-from surgeon.hook import Hook
-from surgeon.importance import Importance, Schedule, best, orthogonality
 from surgeon.lean import bypassed
 from surgeon.model import load_model
 from surgeon.module import load
 from surgeon.normal import Base
 from surgeon.passes import make
-from surgeon.passes.adalora import AdaLora
 from surgeon.passes.base import Adapter
 
 ROOT = "base_model.model."
-
-
-def test_the_budget_is_that_of_the_reference_code() -> None:
-    schedule = Schedule(start=864, target=576, warmup=500, settled=1500)
-    found = {step: schedule.budget(step) for step in (500, 501, 600, 750, 1000, 1250, 1500, 3000)}
-    assert found == {500: 864, 501: 863, 600: 785, 750: 697, 1000: 612, 1250: 580, 1500: 576, 3000: 576}
-    assert [t for t in range(25) if Schedule(9, 3, 4, 20, 6).allocates(t)] == [6, 12, 18, 20]
 
 
 @pytest.mark.parametrize("left", [2, 0])
@@ -71,41 +57,6 @@ def test_training_fuses_it_as_it_fuses_lora() -> None:
     layer = next(iter(graph.layers.values()))
     calls = [len(node.args[1]) for node in fused(layer).nodes if node.target is bypassed]
     assert sorted(calls) == [1, 1, 2, 3]  # o, down, gate and up, q k v
-
-
-def test_importance_is_its_formula_in_numpy() -> None:
-    rng = np.random.default_rng(0)
-    p = {
-        "a": nn.Parameter(torch.randn(3, 5)),
-        "e": nn.Parameter(torch.randn(3, 1)),
-        "b": nn.Parameter(torch.randn(4, 3)),
-    }
-    importance = Importance(0.85, 0.7)
-    mean, spread = ({name: np.zeros(tuple(t.shape)) for name, t in p.items()} for _ in range(2))
-    for _ in range(6):
-        for name, t in p.items():
-            t.grad = torch.from_numpy(rng.normal(size=tuple(t.shape))).float()
-            now = np.abs(t.detach().numpy() * t.grad.numpy())
-            mean[name] = 0.85 * mean[name] + 0.15 * now
-            spread[name] = 0.7 * spread[name] + 0.3 * np.abs(now - mean[name])
-        importance.update(p)
-    s = {name: mean[name] * spread[name] for name in p}
-    expected = s["e"][:, 0] + s["a"].mean(1) + s["b"].mean(0)
-    assert np.allclose(importance.triplets("a", "e", "b").numpy(), expected, rtol=1e-4)
-
-
-def test_of_equals_the_earlier_stay_and_nothing_to_drop_is_no_error() -> None:
-    scores = [torch.tensor([1.0, 2.0, 2.0]), torch.tensor([2.0, 0.0])]
-    assert [mask.tolist() for mask in best(scores, 2)] == [[False, True, True], [False, False]]
-    assert all(mask.all() for mask in best(scores, 5))
-    assert not any(mask.any() for mask in best(scores, 0))
-
-
-def test_the_regulariser_is_the_mean_norm_of_every_matrix() -> None:
-    rows = [torch.randn(3, 7), torch.randn(3, 7), torch.randn(2, 7), torch.empty(0, 7)]
-    columns = [torch.randn(5, 3), torch.randn(5, 2)]
-    norms = [torch.norm(m @ m.T - torch.eye(len(m))) for m in (*rows[:3], *(c.T for c in columns))]
-    assert torch.allclose(orthogonality(rows, columns), torch.stack(norms).mean())
 
 
 def pair(**options: Any) -> tuple[Any, Any, AllocateRanks, Any]:
@@ -150,7 +101,7 @@ def test_masks_are_those_of_peft_and_shrinking_keeps_the_function() -> None:
         twins = [(our_name(n), p) for n, p in theirs.named_parameters() if p.requires_grad]
         for name, p in twins:
             own = model.get_parameter(name)
-            p.data, p.grad = own.detach().clone(), own.grad.clone()  # type: ignore[union-attr]
+            p.data, p.grad = own.detach().clone(), own.grad.clone()
         _, pattern = allocator.update_and_allocate(theirs.base_model.model, done, force_mask=done == 30)
         if done == 30:
             with torch.no_grad():
@@ -184,117 +135,6 @@ def test_masks_are_those_of_peft_and_shrinking_keeps_the_function() -> None:
     with torch.no_grad():
         again = load(trained)(*inputs_of(trained))[0]
     assert torch.allclose(again, after, atol=1e-6)
-
-
-# ---- runs
-
-
-def rows(folder: Path) -> Path:
-    data = folder / "data.jsonl"
-    data.write_text('{"text": "def add(a, b):\\n    return a + b\\n"}\n' * 8)
-    return data
-
-
-@pytest.fixture(scope="module")
-def base(repo: Path) -> Any:
-    """The graph of the shared Llama and its tokenizer."""
-    folder = repo.parent / "shared/models/pystdlib-llama"
-    return api.read(folder), api.tokenizer_of(folder)
-
-
-def small_model(base: Any, **options: Any) -> Any:
-    defaults = {"rank": 4, "target_rank": 2, "alpha": 8, "targets": "*.{q,v}_proj", "t_init": 2, "t_final": 4}
-    model = load_model(run.apply(base[0], make("adalora", **{**defaults, **options})))
-    model.tokenizer = base[1]
-    return model
-
-
-OPTIONS: dict[str, Any] = {"batch_size": 2, "lr": 1e-2, "progress": False, "steps": 10}
-
-
-@pytest.mark.parametrize("shrink", ["end", "eager"])
-def test_a_run_resumed_before_and_after_ranks_settle_is_the_uninterrupted_one(
-    base: Any, tmp_path: Path, shrink: str
-) -> None:
-    from surgeon.train import train
-
-    def go(out: str, stop: int = 99, resume: bool = False) -> Any:
-        model = small_model(base, shrink=shrink)
-        options = {**OPTIONS, "save_every": 4, "resume": resume}
-        train(model, model.tokenizer, rows(tmp_path), out=tmp_path / out, hooks=[Stop(stop)], **options)
-        return model
-
-    whole = go("whole")
-    with pytest.raises(KeyboardInterrupt):
-        go("run", stop=5)
-    resumed = [go("run", resume=True)]
-    if shrink == "end":
-        shutil.rmtree(tmp_path / "run/checkpoint-10")
-        resumed += [go("run", resume=True), go("run", resume=True)]  # from step 8, and of the whole run
-    expected = json.loads((tmp_path / "whole/ranks.json").read_text())
-    for again in resumed:
-        for name, p in whole.named_parameters():
-            assert torch.equal(p, again.get_parameter(name)), name
-        assert again.graph.text() == whole.graph.text()
-        assert again.graph.applied == whole.graph.applied
-    found = json.loads((tmp_path / "run/ranks.json").read_text())
-    assert found["ranks"] == expected["ranks"]
-    assert found["triplets"] == {"start": 4 * len(found["ranks"]), "end": 2 * len(found["ranks"])}
-    assert (tmp_path / "run/ranks.png").read_bytes()[:4] == b"\x89PNG"
-    steps = [shrunk["step"] for shrunk in found["shrinks"]]
-    assert steps == [6] if shrink == "end" else set(steps) > {3, 4} and max(steps) <= 6
-    assert sum(shrunk["removed"] for shrunk in found["shrinks"]) == found["triplets"]["end"]
-    assert all(0 < shrunk["importance"] < 1 for shrunk in found["shrinks"])
-
-
-class Stop(Hook):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def after_step(self, model: Any, optimizer: Any, step: int, total: int) -> None:
-        if step == self.step:
-            raise KeyboardInterrupt
-
-
-def test_a_trained_adapter_is_saved_loaded_and_merged(base: Any, tmp_path: Path) -> None:
-    from surgeon.train import train
-
-    model = small_model(base, t_final=0, rank=3, target_rank=1)
-    report = train(model, model.tokenizer, rows(tmp_path), out=tmp_path / "run", **OPTIONS, gradient_accumulation=2)
-    assert report.steps == 10
-    ranks = json.loads((tmp_path / "run/ranks.json").read_text())["ranks"]
-    assert sum(ranks.values()) == len(ranks)
-    (step,) = model.graph.applied
-    assert isinstance(step, AdaLora)
-    assert {path: step.rank_at(path) for path in ranks} == ranks
-    model.save(tmp_path / "work")
-    again = surgeon.load(tmp_path / "work")
-    ids = torch.arange(3, 20)[None]
-    with torch.no_grad():
-        expected, found = model.eval()(input_ids=ids).logits, again.eval()(input_ids=ids).logits
-        merged = load_model(fold.fold(again.trained()))(input_ids=ids).logits
-    assert torch.equal(expected, found)
-    assert (merged - expected).abs().max() <= 2e-5 * expected.abs().max()
-
-
-def test_a_target_equal_to_the_rank_trains_and_prunes_nothing(base: Any, tmp_path: Path) -> None:
-    from surgeon.train import train
-
-    model = small_model(base, target_rank=4, t_init=0.5, t_final=0.5)
-    train(model, model.tokenizer, rows(tmp_path), out=tmp_path / "run", **{**OPTIONS, "steps": 2})
-    assert json.loads((tmp_path / "run/ranks.json").read_text())["shrinks"] == []
-    assert model.graph.applied[0].ranks == ()
-
-
-def test_an_empty_schedule_is_refused_before_anything_is_written(base: Any, tmp_path: Path) -> None:
-    from surgeon.train import train
-
-    model = small_model(base, t_init=6, t_final=4)
-    with pytest.raises(UsageError, match=r"t_init \+ t_final are 6 \+ 4 of 10 steps") as caught:
-        train(model, model.tokenizer, rows(tmp_path), out=tmp_path / "run", **OPTIONS)
-    assert caught.value.where
-    assert caught.value.hint
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
