@@ -82,7 +82,7 @@ def of_tokens(model: Any) -> Any:
 
 
 def reduction(
-    model: Any, data: tuple[Any, Any], tokenizer: Any, steps: int, lr: float, seed: int
+    model: Any, data: tuple[Any, Any], tokenizer: Any, steps: int, lr: float, seed: int, hooks: Any = ()
 ) -> tuple[float, float]:
     """Held-out loss before and after training."""
     from surgeon.evaluate import evaluate
@@ -93,7 +93,7 @@ def reduction(
     with tempfile.TemporaryDirectory() as out:
         train(
             model, tokenizer, train_rows, out=out, steps=steps, batch_size=BATCH, lr=lr, warmup=0.1, seed=seed,
-            progress=False,
+            progress=False, hooks=hooks,
         )  # fmt: skip
     return before, evaluate(of_tokens(model), tokenizer, held_out).loss
 

@@ -10,6 +10,7 @@ from surgeon.chains import span
 from surgeon.cli import output
 from surgeon.cli.show import tokens
 from surgeon.graph import Graph, tag
+from surgeon.rank_map import grid
 from surgeon.report import AdaptedSite, Report, base_graph
 
 
@@ -33,6 +34,7 @@ def render(graph: Graph, report: Report) -> str:
         map=heat_map(report.sites),
         virtual=[tokens(site) for site in report.virtual],
         largest=largest,
+        ranks=sorted({site.rank for site in report.sites}),
         portion=lambda value: f"{value / largest:.4f}" if largest else "0",
         change=lambda value: f"{value:.2e}" if 0 < value < 1e-3 else f"{value:.3g}",
         size=output.size,
@@ -55,18 +57,6 @@ def kind(line: str) -> str:
 
 def heat_map(sites: tuple[AdaptedSite, ...]) -> dict[str, Any]:
     """The adapted modules of a model's layers: one row per module of a layer, one column per layer."""
-    rows: dict[str, dict[int, AdaptedSite]] = {}
-    for site in sites:
-        words = site.path.split(".")
-        number = next((position for position, word in enumerate(words) if word.isdigit()), None)
-        if number is not None:
-            prefix = ".".join(words[:number]) if _lists(sites) > 1 else ""
-            rows.setdefault(".".join([*filter(None, [prefix]), *words[number + 1 :]]), {})[int(words[number])] = site
-    columns = sorted({column for row in rows.values() for column in row})
-    return {"columns": columns, "rows": [(name, [row.get(column) for column in columns]) for name, row in rows.items()]}
-
-
-def _lists(sites: tuple[AdaptedSite, ...]) -> int:
-    """How many lists of layers the sites are in."""
-    stems = {site.path.partition(".0.")[0] for site in sites if ".0." in site.path}
-    return len(stems)
+    by_path = {site.path: site for site in sites}
+    layers, rows = grid(by_path)
+    return {"columns": layers, "rows": [(name, [by_path.get(path) for path in paths]) for name, paths in rows]}

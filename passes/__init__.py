@@ -12,6 +12,7 @@ from surgeon.passes.base import Pass
 PASSES = {
     "lora": "surgeon.passes.lora:Lora",
     "dylora": "surgeon.passes.dylora:DyLora",
+    "adalora": "surgeon.passes.adalora:AdaLora",
     "vera": "surgeon.passes.vera:Vera",
     "prompt": "surgeon.passes.prompt:Prompt",
     "prefix": "surgeon.passes.prefix:Prefix",
@@ -21,6 +22,7 @@ PASSES = {
 # PEFT's name of a method → ours.
 PEFT_TYPES = {
     "LORA": "lora",
+    "ADALORA": "adalora",
     "VERA": "vera",
     "PREFIX_TUNING": "prefix",
     "PROMPT_TUNING": "prompt",

@@ -44,6 +44,7 @@ class Lora(Adapter):
     peft_type: ClassVar[str] = "LORA"
     peft_bias: ClassVar[str] = "lora_only"
     kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D, EMBEDDING)
+    least_rank: ClassVar[int] = 1
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
@@ -53,9 +54,9 @@ class Lora(Adapter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for rank in (self.rank, *(rank for _, rank in self.ranks)):
-            if rank <= 0:
-                raise UsageError(f"{self.name}: rank is {rank}", "--rank", "a rank of at least 1, for example 8")
+        for rank, least in ((self.rank, 1), *((rank, self.least_rank) for _, rank in self.ranks)):
+            if rank < least:
+                raise UsageError(f"{self.name}: rank is {rank}", "--rank", f"a rank of at least {least}, for example 8")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"{self.name}: dropout is {self.dropout}", "--dropout", "a probability below 1, e.g. 0.05")
 
@@ -66,15 +67,25 @@ class Lora(Adapter):
 
     def at(self, site: Site) -> Lora:
         """With the rank and alpha of this site, and no patterns left."""
+        return dataclasses.replace(
+            self, rank=self.rank_at(site.path), alpha=self.alpha_at(site.path), ranks=(), alphas=()
+        )
+
+    def rank_at(self, path: str) -> int:
+        """The rank of the first pattern that matches, else `rank`."""
         from surgeon.select import matches
 
-        rank = next((rank for pattern, rank in self.ranks if matches(pattern, site.path)), self.rank)
-        alpha = next((alpha for pattern, alpha in self.alphas if matches(pattern, site.path)), self.alpha)
-        return dataclasses.replace(self, rank=rank, alpha=alpha, ranks=(), alphas=())
+        return next((rank for pattern, rank in self.ranks if matches(pattern, path)), self.rank)
+
+    def alpha_at(self, path: str) -> float:
+        """The alpha of the first pattern that matches, else `alpha`."""
+        from surgeon.select import matches
+
+        return next((alpha for pattern, alpha in self.alphas if matches(pattern, path)), self.alpha)
 
     def unfit(self, site: Site) -> str:
         """Raises UsageError for a rank that no [out, in] matrix has."""
-        rank = self.at(site).rank
+        rank = self.rank_at(site.path)
         if rank > min(site.inp, site.out):
             raise UsageError(
                 f"{self.name}: rank {rank} is above the size of the layer",

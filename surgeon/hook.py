@@ -5,6 +5,7 @@ A pass gives its hooks by `Adapter.hooks`; the trainer calls them and saves thei
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,12 +18,18 @@ if TYPE_CHECKING:
 class Hook:
     """Override what the method needs. `step` counts the optimiser steps done before this one."""
 
+    def check(self, total: int) -> None:
+        """Before anything is written: raise UsageError where the method has no place in a run of `total` steps."""
+
+    def reshape(self, model: nn.Module, state: dict[str, Any]) -> None:
+        """Before a checkpoint is read: give the model the shapes it had when `state_dict` gave `state`."""
+
     def before_step(self, model: nn.Module, step: int, total: int) -> None:
         """Before the first batch of a step."""
 
-    def extra_loss(self, model: nn.Module) -> Tensor | float:
-        """A scalar that is added to the loss, once per step."""
-        return 0.0
+    def extra_loss(self, model: nn.Module) -> Tensor | None:
+        """A scalar that is minimised beside the loss, counted once per step; what is logged is the loss alone."""
+        return None
 
     def before_update(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
         """Before the optimiser's step; the gradients are whole and clipped."""
@@ -32,6 +39,9 @@ class Hook:
 
     def finish(self, model: nn.Module) -> None:
         """After the last step of a run, also of one that fails."""
+
+    def report(self, out: Path) -> None:
+        """After the run: files to write beside its loss curve."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values to save with the run."""

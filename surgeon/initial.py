@@ -17,8 +17,8 @@ Init = str | Callable[[], torch.Tensor]
 class Initial:
     """A tensor's first value: the same on every machine for the same seed and name.
 
-    Kinds: "zeros", "ones", "kaiming" U(−1/√in, 1/√in) with `in` the last axis, "normal" N(0, 1), "gaussian" N(0, 1/r²)
-    with r the first axis, "uniform:<x>" U(−x, x), "constant:<x>".
+    Kinds: "zeros", "ones", "kaiming" U(−1/√in, 1/√in) with `in` the last axis, "normal" N(0, 1), "normal:<x>" N(0, x²),
+    "gaussian" N(0, 1/r²) with r the first axis, "uniform:<x>" U(−x, x), "constant:<x>".
     """
 
     kind: str
@@ -39,7 +39,7 @@ class Initial:
             given = self.kind.partition(":")[2]
             bound = float(given) if given else 1 / math.sqrt(self.shape[-1])
             return torch.empty(self.shape).uniform_(-bound, bound, generator=generator)
-        std = 1 / self.shape[0] if self.kind == "gaussian" else 1.0
+        std = 1 / self.shape[0] if self.kind == "gaussian" else float(self.kind.partition(":")[2] or 1)
         return torch.empty(self.shape).normal_(0, std, generator=generator)
 
 

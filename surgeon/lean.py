@@ -70,21 +70,26 @@ class _Bypassed(torch.autograd.Function):
         weights, a, b = rest[:count], rest[count : 2 * count], rest[2 * count :]
         flat = [g.reshape(-1, g.shape[-1]) for g in grads]
         with torch.autocast(rows.device.type, enabled=False):
-            slopes = [(g @ bi.to(g.dtype)).mul_(s) for g, bi, s in zip(flat, b, ctx.scales, strict=True)]
-            below = slopes[0] if count == 1 else torch.cat(slopes, 1)
+            slopes = [_turned(g, bi.to(g.dtype)).mul_(s) for g, bi, s in zip(flat, b, ctx.scales, strict=True)]
+            below = slopes[0] if count == 1 else torch.cat(slopes)
             grad_x = None
             if ctx.needs_input_grad[0]:
-                grad_x = below @ torch.cat([t.to(below.dtype) for t in a])
+                grad_x = below.t() @ torch.cat([t.to(below.dtype) for t in a])
                 for g, weight in zip(flat, weights, strict=True):
                     grad_x.addmm_(g, weight)
                 grad_x = grad_x.to(ctx.dtype).view(ctx.shape)
-            grad_a = (below.t() @ rows).split(ctx.ranks)
+            grad_a = (below @ rows).split(ctx.ranks)
             parts = zip(flat, low.split(ctx.ranks, 1), ctx.scales, strict=True)
-            grad_b = [(g.t() @ part).mul_(s) for g, part, s in parts]
+            grad_b = [(part.t() @ g).mul_(s).t() for g, part, s in parts]
         found: list[Any] = [grad_x, None, None]
         for i in range(count):
             found += [None, None, grad_a[i].to(a[i].dtype), grad_b[i].to(b[i].dtype)]
         return tuple(found)
+
+
+def _turned(g: Tensor, b: Tensor) -> Tensor:
+    """(g b)ᵀ `[r, n]`. Products with few columns are slow in fp32 on CPU; products with few rows are not."""
+    return b.t().contiguous() @ g.t() if g.dtype == torch.float32 else (g @ b).t()
 
 
 def rms_normalised(x: Tensor, eps: float) -> Tensor:

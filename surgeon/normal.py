@@ -38,6 +38,7 @@ class Normal:
 
     Attributes:
         scale: kept apart from `b`: (b @ a) · scale is PEFT's order, and folding it first changes the last bit.
+        divisor: of the scale, for those whose order is (b @ a) · scale / divisor.
         a: `[r, in]`, or `[r, in / group]`. None for none.
         b: `[out, r]`.
         u: factor on the input `[in]`.
@@ -53,12 +54,15 @@ class Normal:
     s: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     group: int = 1
+    divisor: float = 1.0
 
     def delta(self) -> torch.Tensor | None:
-        """scale · b a `[out, in]` in fp32, groups expanded; None without a and b."""
+        """scale / divisor · b a `[out, in]` in fp32, groups expanded; None without a and b."""
         if self.a is None or self.b is None:
             return None
         product = (self.b.float() @ self.a.float()).mul_(self.scale)
+        if self.divisor != 1:
+            product.div_(self.divisor)
         return product.repeat_interleave(self.group, -1) if self.group > 1 else product
 
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
@@ -128,6 +132,7 @@ def compose(outer: Normal, inner: Normal) -> Normal:
     if outer.a is None or outer.b is None:
         return dataclasses.replace(inner, s=outer.s, bias=outer.bias if outer.bias is not None else inner.bias)
     a = torch.cat([outer.a, inner.a], -2)
-    b = torch.cat([outer.b * outer.scale, inner.b * inner.scale], -1)
+    factors = (outer.scale / outer.divisor, inner.scale / inner.divisor)
+    b = torch.cat([outer.b * factors[0], inner.b * factors[1]], -1)
     bias = outer.bias if outer.bias is not None else inner.bias
     return Normal(1.0, a, b, s=outer.s, bias=bias, group=max(outer.group, inner.group))

@@ -10,11 +10,13 @@ from __future__ import annotations
 import fnmatch
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 from surgeon.errors import UsageError, nearest
 
 ALL_LINEAR = "all-linear"
+T = TypeVar("T")
 
 
 def words(pattern: str) -> list[str]:
@@ -55,6 +57,21 @@ def _matcher(word: str) -> re.Pattern[str]:
 def matches(pattern: str, path: str) -> bool:
     """Whether a module path is matched by any word of the pattern."""
     return any(_matcher(word).fullmatch(path) for word in words(pattern))
+
+
+def grouped(values: Mapping[str, T]) -> tuple[tuple[str, T], ...]:
+    """(pattern, value) pairs for values by path; paths that differ in one layer's number share a pattern."""
+    found: dict[tuple[str, str, T], list[str]] = {}
+    for path, value in values.items():
+        words_ = path.split(".")
+        at = next((position for position, word in enumerate(words_) if word.isdigit()), len(words_))
+        head, tail = ".".join(words_[:at]), ".".join(words_[at + 1 :])
+        found.setdefault((head, tail, value), []).append(words_[at] if at < len(words_) else "")
+    pairs = []
+    for (head, tail, value), numbers in found.items():
+        middle = numbers[0] if len(numbers) == 1 else "{" + ",".join(numbers) + "}"
+        pairs.append((".".join(filter(None, [head, middle, tail])), value))
+    return tuple(pairs)
 
 
 def check_words(pattern: str, paths: Iterable[str]) -> None:

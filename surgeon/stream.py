@@ -102,9 +102,9 @@ class StreamingExecutor:
         """X Wᵀ + b with W brought to the dtype of the arithmetic block of rows by block."""
         weight = self._read(node.args[1], prefix, cast=False)
         bias = self._read(node.args[2], prefix) if len(node.args) > 2 and node.args[2] is not None else None
-        rows = max(1, _BLOCK // weight.shape[1])
+        rows = max(1, _BLOCK // max(1, weight.shape[1]))  # an adapter may have been pruned to nothing
         parts: list[list[torch.Tensor]] = [[] for _ in values]
-        for start in range(0, weight.shape[0], rows):
+        for start in range(0, max(1, weight.shape[0]), rows):
             block = weight[start : start + rows].to(self.dtype)
             for lane, found in zip(values, parts, strict=True):
                 found.append(torch.nn.functional.linear(lane[node.args[0]], block))

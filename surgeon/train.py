@@ -76,6 +76,8 @@ def train(
     held_out = None if eval_data is None else samples_for(model, tokenizer, eval_data, recipe.max_length)
     out = Path(out)
     hooks = [*_hooks(model, recipe.seed), *hooks]
+    for hook in hooks:
+        hook.check(recipe.total_steps(len(samples)))
     run = {**_run(recipe, samples, held_out), "hooks": [type(hook).__name__ for hook in hooks]}
     checkpoint = _checkpoint(out, resume)
     if checkpoint is not None:
@@ -103,6 +105,8 @@ def train(
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     plot = out / "loss.png"
     plot_log(log.path, plot, f"{run['total_steps']} steps, {trainable:,} trained parameters")
+    for hook in hooks:
+        hook.report(out)
     return _report(trainer, log, plot, trainable, samples.summary(), time.perf_counter() - began, done)
 
 

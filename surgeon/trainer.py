@@ -61,12 +61,17 @@ class SurgeonTrainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's loss plus the hooks' losses, which count once however many batches make a step."""
+        """The model's loss plus the hooks' losses, which count once however many batches make a step.
+
+        Theirs have a gradient and no value here: the loss stays in nats per token.
+        """
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         # A model that takes no item count returns a mean, which Trainer divides by the number of batches itself.
         share = self.current_gradient_accumulation_steps if self.model_accepts_loss_kwargs else 1
         for hook in self.hooks:
-            loss = loss + hook.extra_loss(model) / share
+            extra = hook.extra_loss(model)
+            if extra is not None:
+                loss = loss + (extra - extra.detach()) / share
         return (loss, outputs) if return_outputs else loss
 
     def training_step(
@@ -132,11 +137,14 @@ class SurgeonTrainer(transformers.Trainer):
     def load_finished(self, checkpoint: Path) -> None:
         """Takes the model and the hooks of a run that had made all its steps (Trainer would make one more)."""
         self.state = transformers.TrainerState.load_from_json(str(checkpoint / STATE))
-        run_state.load_trainable(self.model, checkpoint)
+        self._load_from_checkpoint(str(checkpoint))
         self._load_hooks(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        run_state.load_trainable(self.model, Path(resume_from_checkpoint))
+        folder = Path(resume_from_checkpoint)
+        for hook, state in zip(self.hooks, run_state.load_tree(folder, "hooks"), strict=True):
+            hook.reshape(self.model, state)
+        run_state.load_trainable(self.model, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

@@ -49,7 +49,7 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
     "ensure_weight_tying": {"ensure_weight_tying": True},
     "some_new_method": {"some_new_method": True},
     "bias": {"bias": "sometimes"},
-    "ADALORA": {"peft_type": "ADALORA"},
+    "OFT": {"peft_type": "OFT"},
 }
 
 

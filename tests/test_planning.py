@@ -13,6 +13,7 @@ from surgeon import run
 from surgeon.capture import capture_config
 from surgeon.errors import UsageError
 from surgeon.graph import Graph
+from surgeon.passes.adalora import AdaLora
 from surgeon.passes.base import Pass
 from surgeon.passes.lora import Lora
 from surgeon.passes.vera import Vera
@@ -78,6 +79,7 @@ PUBLISHED: list[tuple[str, str, Pass, int]] = [
     ("C-04, printed as 4.7M", "DeBERTa-v2-XXL", lora(8, QV_DEBERTA), 2_359_296),
     ("C-37", "DeBERTaV3-base", lora(8, SIX), 1_327_104),
     ("C-38", "DeBERTaV3-base", lora(2, SIX), 331_776),
+    ("C-41", "DeBERTaV3-base", AdaLora(rank=12, targets=SIX), 1_991_520),
     ("C-05 v", "GPT-3 175B", lora(2, "v_proj"), 4_718_592),
     ("C-05 q+v", "GPT-3 175B", lora(1), 4_718_592),
     ("C-06 q+v", "GPT-3 175B", lora(2), 9_437_184),

@@ -58,9 +58,11 @@ def test_a_weight_through_a_weight_runs() -> None:
     assert_same(StreamingExecutor(graph)(*inputs), expected(graph, inputs))
 
 
-@pytest.mark.parametrize("method", ["lora", "vera"])
-def test_adapted_and_merged_graphs_run(method: str) -> None:
-    graph = randomised(run.apply(graph_of("gpt2"), make(method, rank=3, targets="all-linear")))
+@pytest.mark.parametrize(
+    ("method", "options"), [("lora", {}), ("vera", {}), ("adalora", {"ranks": (("*.h.1.*", 0), ("*.c_fc", 2))})]
+)
+def test_adapted_and_merged_graphs_run(method: str, options: dict[str, Any]) -> None:
+    graph = randomised(run.apply(graph_of("gpt2"), make(method, rank=3, targets="all-linear", **options)))
     inputs = inputs_of(graph)
     wanted = expected(graph, inputs)
     assert_same(StreamingExecutor(graph)(*inputs), wanted)

@@ -118,6 +118,17 @@ def test_the_page_is_whole_and_loads_nothing(work: Path, tmp_path: Path, capsys:
         assert path in html
 
 
+def test_ranks_that_differ_are_a_map(tiny_llama: Path, tmp_path: Path) -> None:
+    folder, page = tmp_path / "ranks", tmp_path / "page.html"
+    given = ["--rank", "4", "--ranks", "model.layers.1.*=0", "--targets", "q_proj,up_proj"]
+    assert main(["apply", str(tiny_llama), "--method", "adalora", *given, "-o", str(folder)]) == 0
+    assert main(["show", str(folder), "--html", str(page)]) == 0
+    _, _, rest = page.read_text(encoding="utf-8").partition("Where the rank went")
+    assert 'title="model.layers.0.mlp.up_proj: rank 4">4</i>' in rest
+    assert 'title="model.layers.1.self_attn.q_proj: rank 0">0</i>' in rest
+    Page().feed(page.read_text(encoding="utf-8"))
+
+
 @pytest.fixture(scope="module")
 def virtual(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = open_graph(open_source(tiny_llama))
