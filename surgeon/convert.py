@@ -186,7 +186,11 @@ def _change(graph: Graph, group: list[fold.Fold]) -> LowRank | Tensor:
         raise UnsupportedError("the adapter changes a bias, and LoRA cannot hold it", site.path, "merge it instead")
     if all(_factors_alone(normal) for normal in made):
         return low_rank.added(
-            [LowRank(_expanded(n), n.b.float() * n.scale) for n in made if n.a is not None and n.b is not None]
+            [
+                LowRank(_expanded(n), n.b.float() * (n.scale / n.divisor))
+                for n in made
+                if n.a is not None and n.b is not None
+            ]
         )
     return fold.stacked(weight(), made) - weight()
 
@@ -220,6 +224,8 @@ def _as_lora(base: Graph, changes: Mapping[str, LowRank | Tensor], rank: int, er
     """One LoRA of scale 1 over the base, with its own rank at every site."""
     factors, report = {}, []
     for path, change in changes.items():
+        if isinstance(change, LowRank) and change.rank == 0:  # AdaLoRA took all of it away
+            continue
         if isinstance(change, Tensor) and not (rank or error):
             what = "the change is a whole matrix: no low rank is exact"
             raise UnsupportedError(what, path, "give --rank or --error")
@@ -227,6 +233,8 @@ def _as_lora(base: Graph, changes: Mapping[str, LowRank | Tensor], rank: int, er
         made, lost = low_rank.truncated(known, rank, error)
         factors[path] = made
         report.append(SiteError(path, made.rank, lost))
+    if not factors:
+        raise UsageError("the adapters change nothing", base.source, "train them first")
     ranks = tuple((f"re:{re.escape(path)}", made.rank) for path, made in factors.items())
     common = max({r for _, r in ranks}, key=[r for _, r in ranks].count)
     odd = tuple((pattern, r) for pattern, r in ranks if r != common)

@@ -30,12 +30,20 @@ def adapted(*steps: Any, family: str = "llama") -> Graph:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("name", ["lora", "vera", "dylora"])
+@pytest.mark.parametrize("name", ["lora", "vera", "dylora", "adalora"])
 def test_a_method_of_factors_becomes_lora_exactly(name: str, family: str) -> None:
     graph = adapted(make(name, rank=3, targets="all-linear"), family=family)
     made = convert.to_lora(graph)
     assert made.exact
     assert [step.name for step in made.graph.applied] == ["lora"]
+    assert close(outputs(made.graph), outputs(graph))
+
+
+def test_sites_that_adalora_took_everything_from_are_left_out() -> None:
+    ranks = tuple((f"model.layers.{i}.self_attn.q_proj", i) for i in range(4))
+    graph = adapted(make("adalora", rank=4, targets="*.q_proj", ranks=ranks))
+    made = convert.to_lora(graph)
+    assert {site.path: site.rank for site in made.sites} == {path: rank for path, rank in ranks if rank}
     assert close(outputs(made.graph), outputs(graph))
 
 
