@@ -113,10 +113,10 @@ def require_node(graph: Graph, kind: str, method: str) -> None:
     from surgeon.sites import sites
 
     if not sites(graph, kind):
-        others = [name for name in PASSES if kind not in find(name).kinds]
+        others = [name for name in PASSES if any(sites(graph, other) for other in find(name).kinds)]
         why = [note for note in graph.notes if note.startswith(f"{kind} captured")]
         raise UnsupportedError(
             f"{method} needs an {kind} node, and {graph.config.model_type} was captured without one",
             "; ".join(why or graph.notes) or graph.source,
-            f"methods that need none: {', '.join(others)}",
+            f"methods that work on it: {', '.join(others)}",
         )
