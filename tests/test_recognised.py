@@ -283,7 +283,7 @@ def test_a_refusal_says_why_and_what_works() -> None:
     with pytest.raises(UnsupportedError, match="prefix needs an attention node, and prophetnet was") as error:
         run.apply(graph, make("prefix"))
     assert error.value.where.startswith("attention captured as it is, in its own code: prophetnet.decoder.layers.0")
-    assert error.value.hint.startswith("methods that need none: lora, ")
+    assert error.value.hint.startswith("methods that work on it: lora, ")
     assert "prefix" not in error.value.hint
 
 
