@@ -4,8 +4,8 @@
     python -m benchmarks.learning --seeds 1 --steps 40 --methods prompt
 
 Base: ../shared/models/pystdlib-llama, trained on Python; data: ../shared/data/c_headers, C header files. Both sides run
-through the same training loop, each with its own draw of first values (VeRA's are the same). PEFT's prompt starts at
-rows of the vocabulary, as surgeon's does: its own default, N(0, 1), learns less. Loss reduction is the fall of the
+through the same training loop; the first values are the same (rows of the vocabulary for a prompt: PEFT's own default,
+N(0, 1), learns less), but for LoRA's A and the MLP of a prefix, which each draws. Loss reduction is the fall of the
 held-out loss in nats per token; the ratio is surgeon's over PEFT's, mean over seeds; `worst` is the largest final loss
 of surgeon over PEFT's, of the seeds.
 """
@@ -13,6 +13,7 @@ of surgeon over PEFT's, of the seeds.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import tempfile
@@ -31,7 +32,7 @@ METHODS: dict[str, tuple[float, dict[str, Any]]] = {
     "prefix_mlp": (5e-3, {"tokens": 20, "hidden": 256}),
     "ptuning_v2": (2e-2, {"tokens": 20}),
 }
-BATCH, LENGTH = 8, 256
+BATCH, LENGTH, HELD_OUT = 8, 256, 96
 
 
 def ours(method: str, seed: int) -> Any:
@@ -42,7 +43,7 @@ def ours(method: str, seed: int) -> Any:
 
 
 def theirs(method: str, seed: int) -> Any:
-    """PEFT's model."""
+    """PEFT's model; its virtual tokens begin with the values of surgeon's."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM
@@ -61,7 +62,21 @@ def theirs(method: str, seed: int) -> Any:
         "prefix_mlp": lambda: peft.PrefixTuningConfig(prefix_projection=True, encoder_hidden_size=256, **virtual),
         "ptuning_v2": lambda: peft.PrefixTuningConfig(**virtual),
     }
-    return peft.get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), configs[method]())
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), configs[method]())
+    if method in ("prompt", "prefix", "ptuning_v2"):
+        with torch.no_grad():
+            model.prompt_encoder["default"].embedding.weight.copy_(first_values(ours(method, seed)))
+    return model
+
+
+def first_values(model: Any) -> Any:
+    """PEFT's one table of virtual tokens with surgeon's first values: rows, or the columns of all layers."""
+    import torch
+
+    made = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    rows = [p for name, p in made.items() if name.endswith(".rows")]
+    columns = [made[name[:-1] + word] for name in made if name.endswith(".k") for word in "kv"]
+    return rows[0] if rows else torch.stack(columns).permute(2, 0, 1, 3).flatten(1)
 
 
 def of_tokens(model: Any) -> Any:
@@ -106,6 +121,7 @@ def measure(method: str, seeds: int, steps: int) -> dict[str, Any]:
     tokenizer = tokenizer_of(BASE)
     files = SHARED / "data/c_headers.train.jsonl", SHARED / "data/c_headers.heldout.jsonl"
     train_rows, held_out = (load_data(file, tokenizer, LENGTH) for file in files)
+    held_out = dataclasses.replace(held_out, samples=held_out.samples[:HELD_OUT])
     lr = METHODS[method][0]
     runs = []
     for seed in range(seeds):
