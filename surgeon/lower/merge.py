@@ -85,26 +85,7 @@ def merge(
     extra.update(fresh)
     apart = bool(broken) or any(name in _weights(graph).tied for name in fresh)
     update = head_config(graph) | ({"tie_word_embeddings": False} if apart else {})
-    measured: list[Comparison] = []
-
-    def check(folder: Path) -> None:
-        if left or verify:
-            merged_source = open_source(folder, source.task.name)
-            candidate = rest.put_back(graph, open_graph(merged_source))
-        if left:
-            rest.write(candidate, folder, Path(out))
-        if verify:
-            measured.append(_verified(graph, source, candidate, merged_source, dtype, tokenizer))
-            measured[0].require(str(out))
-        manifest = {
-            "base": source.name,
-            "base_fingerprint": source.checkpoint.fingerprint(),
-            "passes": [{"name": step.name, "options": step.options()} for step in graph.applied],
-            "rest": {"folder": rest.FOLDER, "adapters": left} if left else None,
-            "verified": asdict(measured[0]) if measured else None,
-        }
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-
+    finish = _Finish(graph, source, Path(out), left, verify, dtype, tokenizer)
     written = write_merged(
         source.checkpoint,
         deltas,
@@ -114,9 +95,44 @@ def merge(
         dtype=dtype,
         progress=progress,
         overwrite=overwrite,
-        check=check,
+        check=finish,
     )
-    return Merged(written, measured[0] if measured else None, left)
+    return Merged(written, finish.comparison, left)
+
+
+@dataclass
+class _Finish:
+    """What happens to the written folder before it gets its name: the rest beside it, the comparison, the manifest."""
+
+    graph: Graph
+    source: Source
+    out: Path
+    left: tuple[str, ...]
+    verify: bool
+    dtype: torch.dtype | None
+    tokenizer: Any
+    comparison: Comparison | None = None
+
+    def __call__(self, folder: Path) -> None:
+        if self.left or self.verify:
+            merged_source = open_source(folder, self.source.task.name)
+            candidate = rest.put_back(self.graph, open_graph(merged_source))
+            if self.left:
+                rest.write(candidate, folder, self.out)
+            if self.verify:
+                made = _verified(self.graph, self.source, candidate, merged_source, self.dtype, self.tokenizer)
+                made.require(str(self.out))
+                self.comparison = made
+        (folder / MANIFEST).write_text(json.dumps(self._manifest(), indent=2) + "\n")
+
+    def _manifest(self) -> dict[str, Any]:
+        return {
+            "base": self.source.name,
+            "base_fingerprint": self.source.checkpoint.fingerprint(),
+            "passes": [{"name": step.name, "options": step.options()} for step in self.graph.applied],
+            "rest": {"folder": rest.FOLDER, "adapters": self.left} if self.left else None,
+            "verified": asdict(self.comparison) if self.comparison else None,
+        }
 
 
 def changes(
