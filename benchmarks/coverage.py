@@ -28,7 +28,7 @@ _HEAD = """# Coverage
 captured: largest error of the logits over the largest logit, two shapes, one left-padded, against transformers' eager
 fp32 · attention: `surgeon::attention` nodes of attention modules · applied: LoRA sites with `all-linear`, of linears ·
 trained: loss of a step in which every adapter parameter got a finite gradient · merged: error of the merged weights ·
-exported: error of the ONNX graph in onnxruntime (– without a reason: not run yet) · seconds: of the capture
+exported: error of the ONNX graph in onnxruntime (– : the reason is given) · seconds: of the capture
 """
 
 
