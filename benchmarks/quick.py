@@ -37,7 +37,7 @@ def plan(out: Path) -> Iterator[str]:
 def step(out: Path) -> Iterator[str]:
     """A training step on a random Llama of 102M parameters."""
     found = run(out, "train_step", "--models", "100m", "--methods", "lora", "--rounds", "3")
-    for row in found["rows"]:
+    for row in found:
         yield (
             f"LoRA step, 102M, {row['precision']}: {row['time / peft']:.2f} x PEFT's time, "
             f"{row['memory / peft']:.2f} x its memory above the loaded model"
