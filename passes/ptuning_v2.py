@@ -56,7 +56,8 @@ class PTuningV2(Prefix):
 
         if graph.task == "features":
             what = f"{self.name} trains for a task, and a model for {graph.task} has none"
-            raise UsageError(what, graph.source, f"--task, one of {', '.join(HEADED)}, causal-lm, seq2seq-lm")
+            hint = f"--task, one of {', '.join(HEADED)}, causal-lm, seq2seq-lm; or --method prefix, which needs none"
+            raise UsageError(what, graph.source, hint)
         saved = self.saving(graph, (*graph.fresh, *head_modules(graph))).modules_to_save
         dropout = self.dropout if self.dropout != OF_MODEL else _dropout_of(graph)
         return dataclasses.replace(self, modules_to_save=saved, dropout=dropout)
