@@ -49,7 +49,7 @@ def command(
     if dtype and dtype not in DTYPES:
         raise UsageError(f"unknown dtype '{dtype}'", "--dtype", f"nearest: {nearest(dtype, DTYPES)}")
     if bake_prompt:
-        if dtype or strict or not verify:
+        if dtype or strict or rank is not None or not verify:
             raise UsageError("--bake-prompt is exact and checked as it is", "--bake-prompt", "leave the others out")
         _bake(folder, out, base, overwrite, json)
         return
@@ -70,8 +70,11 @@ def command(
             progress=advance,
         )
     output.emit(summary(merged), json)
-    if json:
-        return
+    if not json:
+        _say_next(folder, out, merged)
+
+
+def _say_next(folder: Path, out: Path, merged: Merged) -> None:
     if merged.rest:
         output.say(f"not folded: {', '.join(merged.rest)}, an adapter of its own for {out}, in {left(merged)}")
         output.say(f"next: surgeon verify {folder} {out}, or surgeon generate {out}, which puts the adapter on")

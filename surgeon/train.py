@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -69,9 +69,7 @@ def train(
     recipe = recipe or make_recipe(options)
     if recipe.lr is None:
         recipe = replace(recipe, lr=learning_rate(model))
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if not trainable:
-        raise UsageError("no parameter of the model trains", type(model).__name__, "apply a method to it first")
+    trainable = _trainable(model)
     samples = samples_for(model, tokenizer, data, recipe.max_length)
     held_out = None if eval_data is None else samples_for(model, tokenizer, eval_data, recipe.max_length)
     out = Path(out)
@@ -79,9 +77,7 @@ def train(
     for hook in hooks:
         hook.check(recipe.total_steps(len(samples)))
     run = {**_run(recipe, samples, held_out), "hooks": [type(hook).__name__ for hook in hooks]}
-    checkpoint = _checkpoint(out, resume)
-    if checkpoint is not None:
-        check_same_run(checkpoint, run)
+    checkpoint = _checkpoint(out, resume, run)
     done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     _set_checkpointing(model, recipe.gradient_checkpointing)
     began = time.perf_counter()
@@ -126,6 +122,13 @@ def _left_as_it_was(model: nn.Module, hooks: Sequence[Hook], bar: ProgressBar) -
         model.zero_grad(set_to_none=True)
 
 
+def _trainable(model: nn.Module) -> int:
+    found = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not found:
+        raise UsageError("no parameter of the model trains", type(model).__name__, "apply a method to it first")
+    return found
+
+
 def learning_rate(model: nn.Module) -> float:
     """The highest learning rate the methods applied to the model ask for; LoRA's for a model without a graph."""
     graph = getattr(model, "graph", None)
@@ -146,8 +149,8 @@ def _run(recipe: Recipe, samples: Data, held_out: Data | None) -> dict[str, Any]
     return {**options, "total_steps": total, "data": samples.digest, "eval_data": held_out_digest}
 
 
-def _checkpoint(out: Path, resume: bool | str) -> Path | None:
-    """The checkpoint to resume from, or None to begin."""
+def _checkpoint(out: Path, resume: bool | str, run: Mapping[str, Any]) -> Path | None:
+    """The checkpoint of this run to resume from, or None to begin."""
     if resume not in (True, False, "auto"):
         raise UsageError(f"unknown resume mode `{resume}`", "training options", "use true, false or auto")
     found = checkpoints(out)
@@ -156,7 +159,10 @@ def _checkpoint(out: Path, resume: bool | str) -> Path | None:
     if not resume and found:
         hint = "resume it, delete its checkpoints, or train in another folder"
         raise UsageError(f"an earlier run is here, at step {found[-1].name.split('-')[1]}", str(out), hint)
-    return found[-1] if found and resume else None
+    if not (found and resume):
+        return None
+    check_same_run(found[-1], run)
+    return found[-1]
 
 
 def _set_checkpointing(model: nn.Module, wanted: bool) -> None:

@@ -6,23 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.zoo.graphs import graph_of, inputs_of, randomised
+from benchmarks.zoo.graphs import close, graph_of, outputs_of, randomised
 from surgeon import convert, run
 from surgeon.errors import UnsupportedError, UsageError
 from surgeon.fold import fold
 from surgeon.graph import Graph
-from surgeon.module import load
 from surgeon.passes import make
-
-
-@torch.no_grad()
-def outputs(graph: Graph) -> torch.Tensor:
-    result: torch.Tensor = load(graph)(*inputs_of(graph))[0]
-    return result
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return bool((found - expected).abs().max() <= 2e-5 * expected.abs().max())
 
 
 def adapted(*steps: Any, family: str = "llama") -> Graph:
@@ -36,7 +25,7 @@ def test_a_method_of_factors_becomes_lora_exactly(name: str, family: str) -> Non
     made = convert.to_lora(graph)
     assert made.exact
     assert [step.name for step in made.graph.applied] == ["lora"]
-    assert close(outputs(made.graph), outputs(graph))
+    assert close(outputs_of(made.graph), outputs_of(graph))
 
 
 def test_sites_that_adalora_took_everything_from_are_left_out() -> None:
@@ -44,7 +33,7 @@ def test_sites_that_adalora_took_everything_from_are_left_out() -> None:
     graph = adapted(make("adalora", rank=4, targets="*.q_proj", ranks=ranks))
     made = convert.to_lora(graph)
     assert {site.path: site.rank for site in made.sites} == {path: rank for path, rank in ranks if rank}
-    assert close(outputs(made.graph), outputs(graph))
+    assert close(outputs_of(made.graph), outputs_of(graph))
 
 
 def test_stacked_adapters_add_their_ranks() -> None:
@@ -52,7 +41,7 @@ def test_stacked_adapters_add_their_ranks() -> None:
     made = convert.to_lora(graph)
     ranks = {site.path.rsplit(".", 1)[1]: site.rank for site in made.sites}
     assert ranks == {"q_proj": 5, "v_proj": 3}
-    assert close(outputs(made.graph), outputs(graph))
+    assert close(outputs_of(made.graph), outputs_of(graph))
 
 
 def test_a_lower_rank_is_the_best_one_and_its_error_is_said() -> None:
@@ -86,7 +75,7 @@ def test_ties_and_dare_at_full_density_of_one_adapter_are_that_adapter(how: str)
     graph = adapted(make("lora", rank=3))
     made = convert.combine([graph], [1.0], how=how, density=1.0, rank=3)
     assert max(site.error for site in made.sites) < 1e-5
-    assert close(outputs(made.graph), outputs(graph))
+    assert close(outputs_of(made.graph), outputs_of(graph))
 
 
 def test_the_difference_of_two_models() -> None:
@@ -94,7 +83,7 @@ def test_the_difference_of_two_models() -> None:
     base, tuned = graph_of("gpt2"), fold(graph)
     made = convert.extract(base, tuned.values, rank=3)
     assert max(site.error for site in made.sites) < 1e-3
-    assert close(outputs(made.graph), outputs(tuned))
+    assert close(outputs_of(made.graph), outputs_of(tuned))
 
 
 def test_what_lora_cannot_hold_is_refused() -> None:

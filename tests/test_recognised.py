@@ -130,6 +130,14 @@ def columns(graph: Graph) -> tuple[Graph, list[tuple[Tensor, Tensor]]]:
     return tuned, [(tuned.inserted[name](), tuned.inserted[f"{name[:-2]}.v"]()) for name in names]
 
 
+def cache_of(held: list[tuple[Tensor, Tensor]]) -> transformers.DynamicCache:
+    """transformers' cache with those columns in it, for two texts."""
+    cache = transformers.DynamicCache()
+    for layer, (k, v) in enumerate(held):
+        cache.update(k.expand(2, -1, -1, -1), v.expand(2, -1, -1, -1), layer)
+    return cache
+
+
 @pytest.mark.parametrize("name", ["codegen", "gptj", "falcon"])
 @torch.no_grad()
 def test_a_prefix_is_what_transformers_cache_holds(name: str) -> None:
@@ -137,9 +145,7 @@ def test_a_prefix_is_what_transformers_cache_holds(name: str) -> None:
     tuned, held = columns(graph)
     tokens = build.tokens(model.config, 2, 6, padding=2)
     ours = module.load(tuned)(*given(tuned, tokens))[0]
-    cache = transformers.DynamicCache()
-    for layer, (k, v) in enumerate(held):
-        cache.update(k.expand(2, -1, -1, -1), v.expand(2, -1, -1, -1), layer)
+    cache = cache_of(held)
     mask = torch.cat([torch.ones(2, TOKENS, dtype=torch.int64), tokens["attention_mask"]], 1)
     positions = given(graph, tokens, TOKENS)[graph.inputs.index("position_ids")]
     theirs = model(tokens["input_ids"], attention_mask=mask, position_ids=positions, past_key_values=cache)[0]
@@ -155,9 +161,7 @@ def test_alibi_counts_the_columns_of_a_prefix(name: str) -> None:
     tokens = build.tokens(model.config, 2, 6, padding=2)
     loaded = module.load(tuned)
     ours = loaded(*given(tuned, tokens))[0]
-    cache = transformers.DynamicCache()
-    for layer, (k, v) in enumerate(held):
-        cache.update(k.expand(2, -1, -1, -1), v.expand(2, -1, -1, -1), layer)
+    cache = cache_of(held)
     mask = torch.cat([torch.ones(2, TOKENS, dtype=torch.int64), tokens["attention_mask"]], 1)
     theirs = model(tokens["input_ids"], attention_mask=mask, past_key_values=cache)[0]
     seen = tokens["attention_mask"].bool()

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from benchmarks.zoo import build, families
 from surgeon.capture import capture_config
 from surgeon.graph import Graph
+from surgeon.module import load
 from surgeon.replaced import Held
 
 
@@ -73,3 +74,14 @@ def randomised(graph: Graph, seed: int = 1, std: float = 0.2, names: Iterable[st
         drawn = torch.randn(graph.tensors[name].shape, generator=generator) * std
         result.inserted[name] = Held(graph.inserted[name]().float() + drawn)
     return result
+
+
+@torch.no_grad()
+def outputs_of(graph: Graph, shape: tuple[int, int] = (2, 7), dtype: torch.dtype | None = None) -> torch.Tensor:
+    """All outputs of a graph on the tokens of `inputs_of`, flat."""
+    return torch.cat([value.flatten() for value in load(graph, dtype=dtype)(*inputs_of(graph, *shape))])
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal up to the rounding of fp32 arithmetic in another order."""
+    return bool((found - expected).abs().max() <= 2e-5 * expected.abs().max())

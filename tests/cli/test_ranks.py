@@ -70,3 +70,11 @@ def test_a_rank_above_the_trained_one_is_refused_and_nothing_written(
     assert "no rank 4" in lines[0]
     assert "1 to 3" in lines[2]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_is_not_silently_dropped_when_a_prompt_is_baked(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["merge", str(work), "-o", str(tmp_path / "out"), "--bake-prompt", "--rank", "2"]) == 2
+    assert "--bake-prompt" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.zoo.graphs import graph_of, inputs_of, randomised
+from benchmarks.zoo.graphs import close, graph_of, inputs_of, outputs_of, randomised
 from surgeon import fold, run
 from surgeon.errors import SurgeonError, UsageError
 from surgeon.graph import Graph
@@ -39,16 +39,6 @@ def small(name: str, targets: str = "all-linear", **options: Any) -> Adapter:
 @functools.cache
 def applied(name: str, family: str) -> Graph:
     return run.apply(graph_of(family), small(name))
-
-
-@torch.no_grad()
-def outputs(graph: Graph, shape: tuple[int, int] = (2, 7), dtype: torch.dtype | None = None) -> torch.Tensor:
-    return torch.cat([value.flatten() for value in load(graph, dtype=dtype)(*inputs_of(graph, *shape))])
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal up to the rounding of fp32 arithmetic in another order."""
-    return bool((found - expected).abs().max() <= 2e-5 * expected.abs().max())
 
 
 def fingerprint(graph: Graph) -> Any:
@@ -84,7 +74,7 @@ def fingerprint(graph: Graph) -> Any:
 def test_keeps_what_it_promises(name: str, family: str, dtype: torch.dtype) -> None:
     step = small(name)
     for shape in SHAPES:
-        before, after = (outputs(graph, shape, dtype) for graph in (graph_of(family), applied(name, family)))
+        before, after = (outputs_of(graph, shape, dtype) for graph in (graph_of(family), applied(name, family)))
         if step.keeps == "exact":
             assert torch.equal(before, after)
         elif step.keeps == "close":
@@ -115,8 +105,8 @@ def test_exactly_the_declared_parameters_train(name: str, family: str) -> None:
 def test_merging_changes_nothing_and_leaves_nothing(name: str, family: str) -> None:
     base = graph_of(family)
     trained = randomised(applied(name, family))
-    expected = outputs(trained)
-    assert (expected - outputs(base)).abs().max() > 1e-2
+    expected = outputs_of(trained)
+    assert (expected - outputs_of(base)).abs().max() > 1e-2
     merged = fold.fold(trained)
     assert merged.text() == base.text()
     assert merged.tensors == base.tensors
@@ -124,7 +114,7 @@ def test_merging_changes_nothing_and_leaves_nothing(name: str, family: str) -> N
     assert merged.inserted == base.inserted
     assert [len(paths) for _, paths in merged.groups()] == [len(paths) for _, paths in base.groups()]
     for shape in SHAPES:
-        assert close(outputs(merged, shape), outputs(trained, shape))
+        assert close(outputs_of(merged, shape), outputs_of(trained, shape))
 
 
 @every
@@ -168,7 +158,7 @@ def test_applied_twice_it_stacks_or_is_refused(name: str, family: str) -> None:
     assert len(twice.trainable()) == 2 * len(once.trainable())
     merged = fold.fold(twice)
     assert merged.text() == graph_of(family).text()
-    assert close(outputs(merged), outputs(twice))
+    assert close(outputs_of(merged), outputs_of(twice))
 
 
 @every
@@ -221,7 +211,7 @@ def test_ordered_pairs_compose_or_are_refused(first: str, second: str, family: s
     assert [step.name for step in both.applied] == [first, second]
     merged = fold.fold(both)
     assert merged.text() == base.text()
-    assert close(outputs(merged), outputs(both))
+    assert close(outputs_of(merged), outputs_of(both))
     one_less = fold.without(both, {first})
     assert one_less.text() == run.apply(base, small(second)).text()
     assert {spec.owner for spec in one_less.tensors.values()} == {"", second}
@@ -243,7 +233,7 @@ def test_a_layer_that_is_targeted_alone_is_split_off(name: str) -> None:
     assert sorted(paths for _, paths in graph.groups()) == [[layers[0], layers[2]], [layers[1]], [layers[3]]]
     assert graph.layers[layers[3]] is base.layers[layers[3]]
     trained = randomised(graph)
-    assert close(outputs(fold.fold(trained)), outputs(trained))
+    assert close(outputs_of(fold.fold(trained)), outputs_of(trained))
     assert fold.fold(trained).text() == base.text()
     assert fold.fold(trained).layers == base.layers
     again = run.apply(graph, small(name))
@@ -261,7 +251,7 @@ def test_a_rank_pattern_splits_exactly_the_layers_it_must(name: str) -> None:
         wanted = 5 if "layers.1." in full and "q_proj" in full else 2 if "k_proj" in full else 3
         assert found == wanted, full
     trained = randomised(graph)
-    assert close(outputs(fold.fold(trained)), outputs(trained))
+    assert close(outputs_of(fold.fold(trained)), outputs_of(trained))
 
 
 @every

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.zoo.graphs import graph_of, inputs_of, randomised
+from benchmarks.zoo.graphs import close, graph_of, inputs_of, outputs_of, randomised
 from surgeon import fold, run
 from surgeon.errors import SurgeonError, UsageError
 from surgeon.finalise import finalise
@@ -46,16 +46,6 @@ def applied(name: str, family: str) -> Graph:
     return run.apply(graph_of(family), small(name))
 
 
-@torch.no_grad()
-def outputs(graph: Graph, shape: tuple[int, int] = (2, 7), dtype: torch.dtype | None = None) -> torch.Tensor:
-    return torch.cat([value.flatten() for value in load(graph, dtype=dtype)(*inputs_of(graph, *shape))])
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal up to the rounding of fp32 arithmetic in another order."""
-    return bool((found - expected).abs().max() <= 2e-5 * expected.abs().max())
-
-
 def composed(base: Graph, first: str, second: str) -> Graph | None:
     """Two methods, one after the other; None if that is refused, with a reason."""
     reason: tuple[str, ...] = ()
@@ -71,10 +61,10 @@ def composed(base: Graph, first: str, second: str) -> Graph | None:
 def test_it_changes_the_model_and_leaves_its_shapes(name: str, family: str) -> None:
     base, graph = graph_of(family), applied(name, family)
     for shape in ((2, 7), (1, 3)):
-        before, after = outputs(base, shape), outputs(graph, shape)
+        before, after = outputs_of(base, shape), outputs_of(graph, shape)
         assert before.shape == after.shape
         assert (before - after).abs().max() > 1e-3
-        assert (outputs(graph, shape, torch.bfloat16) - after).abs().max() <= 0.1 * after.abs().max()
+        assert (outputs_of(graph, shape, torch.bfloat16) - after).abs().max() <= 0.1 * after.abs().max()
 
 
 @everywhere
@@ -109,7 +99,7 @@ def test_alone_it_has_nothing_to_merge_and_a_final_form(name: str, family: str) 
     trained = randomised(applied(name, family))
     with pytest.raises(UsageError, match="no adapter to merge"):
         fold.fold(trained)
-    assert close(outputs(finalise(trained)), outputs(trained))
+    assert close(outputs_of(finalise(trained)), outputs_of(trained))
 
 
 @everywhere
@@ -132,7 +122,7 @@ def test_applied_twice_it_stacks_or_is_refused(name: str, family: str) -> None:
         return
     twice = randomised(run.apply(once, small(name, tokens=2)))
     assert {spec.owner for spec in twice.trainable().values() if spec.owner} == {name, f"{name}_2"}
-    assert outputs(twice).isfinite().all()
+    assert outputs_of(twice).isfinite().all()
     assert fold.without(twice, {f"{name}_2"}).text() == once.text()
     alone = run.apply(graph_of(family), small(name, tokens=2)).text()
     assert fold.without(twice, {name}).text().replace(f".{name}_2.", f".{name}.") == alone
@@ -174,7 +164,7 @@ def test_what_folds_beside_it_folds_and_it_stays(first: str, second: str) -> Non
         both = randomised(both, std=0.05)
         assert [step.name for step in both.applied] == [first, second]
         merged = fold.fold(both)
-        assert close(outputs(merged), outputs(both))
+        assert close(outputs_of(merged), outputs_of(both))
         assert merged.text() == applied(stays, family).text() == fold.without(both, {folds}).text()
         assert fold.without(both, {stays}).text() == run.apply(base, small(folds)).text()
 
@@ -193,7 +183,7 @@ def test_two_of_them_compose_in_either_order_or_are_refused(first: str, second: 
         assert fold.without(both, {second}).text() == applied(first, family).text()
         if "prompt" in (first, second):  # two sets of columns are seen alike, but not in one place
             turned.inserted.update(both.inserted)
-            assert close(outputs(turned), outputs(both))
+            assert close(outputs_of(turned), outputs_of(both))
 
 
 def test_the_laws_are_asked_of_someone() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -18,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from benchmarks.zoo import build, families
 from benchmarks.zoo.graphs import inputs_of, model_of, randomised
 from surgeon import run
-from surgeon.capture import capture_config
 from surgeon.errors import CheckFailed, SurgeonError
 from surgeon.fold import folds
 from surgeon.graph import Graph
@@ -29,21 +27,7 @@ from surgeon.passes import make
 from surgeon.passes.base import EXPERTS, LINEAR, Adapter
 from surgeon.source import Source, open_graph, open_source
 
-
-@functools.cache
-def captured(written: str, task: Any) -> Graph:
-    fields = json.loads(written)
-    return capture_config(transformers.CONFIG_MAPPING[fields["model_type"]].from_dict(fields), task)
-
-
-@pytest.fixture(autouse=True)
-def one_capture_per_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folders of a family differ in their weights alone; capturing has tests of its own."""
-
-    def capture(config: transformers.PretrainedConfig, task: Any = None) -> Graph:
-        return dataclasses.replace(captured(config.to_json_string(use_diff=False), task).copy(), config=config)
-
-    monkeypatch.setattr("surgeon.source.capture_config", capture)
+pytestmark = pytest.mark.usefixtures("one_capture_per_config")
 
 
 @functools.cache

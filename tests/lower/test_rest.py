@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 
 from benchmarks.zoo.folders import base_of, reference
 from benchmarks.zoo.graphs import inputs_of, randomised
 from surgeon import api, fold, run, store
-from surgeon.capture import capture_config
 from surgeon.errors import UnsupportedError
 from surgeon.graph import Graph
 from surgeon.lower import rest
@@ -24,21 +20,7 @@ from surgeon.model import load_model
 from surgeon.passes import make
 from surgeon.source import open_source
 
-
-@functools.cache
-def captured(written: str, task: Any) -> Graph:
-    fields = json.loads(written)
-    return capture_config(transformers.CONFIG_MAPPING[fields["model_type"]].from_dict(fields), task)
-
-
-@pytest.fixture(autouse=True)
-def one_capture_per_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Base and merged folder differ in their weights alone; capturing has tests of its own."""
-
-    def capture(config: transformers.PretrainedConfig, task: Any = None) -> Graph:
-        return dataclasses.replace(captured(config.to_json_string(use_diff=False), task).copy(), config=config)
-
-    monkeypatch.setattr("surgeon.source.capture_config", capture)
+pytestmark = pytest.mark.usefixtures("one_capture_per_config")
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
