@@ -258,6 +258,13 @@ class Adapter(Pass):
         """What it does around training steps; `owner` is its id in the graph."""
         return ()
 
+    def rate(self, name: str, site: Site | None, lr: float) -> float:
+        """The highest learning rate of what trains at a site, by the name given to `edit.param`.
+
+        Without a site `name` is that of a tensor of the base that trains with the adapter.
+        """
+        return lr
+
     @property
     def any_rank(self) -> int:
         """The rank up to which every lower one was trained too; 0 where only one was."""

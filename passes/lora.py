@@ -38,6 +38,8 @@ class Lora(Adapter):
         rslora: scale alpha / √rank instead (Kalajdzievski 2023, eq. 2).
         ranks: (pattern, rank) pairs that override `rank` where the pattern matches a module's path; the first wins.
         alphas: likewise for `alpha`.
+        lr_ratio: the learning rate of b over that of a, as in LoRA+ (Hayou et al. 2024), which has 16; 1 for one rate.
+        lr_embedding: the learning rate of a and b at embeddings, where `lr_ratio` is not 1.
     """
 
     name: ClassVar[str] = "lora"
@@ -51,6 +53,8 @@ class Lora(Adapter):
     rslora: bool = False
     ranks: tuple[tuple[str, int], ...] = ()
     alphas: tuple[tuple[str, float], ...] = ()
+    lr_ratio: float = 1.0
+    lr_embedding: float = 1e-6
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,6 +63,10 @@ class Lora(Adapter):
                 raise UsageError(f"{self.name}: rank is {rank}", "--rank", f"a rank of at least {least}, for example 8")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"{self.name}: dropout is {self.dropout}", "--dropout", "a probability below 1, e.g. 0.05")
+        for name in ("lr_ratio", "lr_embedding"):
+            if not 0 < getattr(self, name) < math.inf:
+                what, flag = f"{self.name}: {name} is {getattr(self, name)}", f"--{name.replace('_', '-')}"
+                raise UsageError(what, flag, "a number above 0; 16 is LoRA+'s ratio")
 
     @property
     def scale(self) -> float:
@@ -122,6 +130,14 @@ class Lora(Adapter):
         from surgeon.normal import Normal
 
         return Normal(scale=self.scale, a=params["a"], b=params["b"])
+
+    def rate(self, name: str, site: Site | None, lr: float) -> float:
+        """As in the code of LoRA+: the ratio is for b and all vectors, and embeddings have a rate of their own."""
+        if self.lr_ratio == 1:
+            return lr
+        if site is not None and site.kind == EMBEDDING:
+            return self.lr_embedding
+        return lr * self.lr_ratio if name in ("b", "m") or name.endswith(".bias") else lr
 
     def peft_config(self, sites: Sequence[Site]) -> dict[str, Any]:
         """PEFT's fields; ranks and alphas per site as PEFT's patterns."""

@@ -22,6 +22,7 @@ from surgeon.evaluate import evaluate
 from surgeon.evaluate_tasks import TaskReport
 from surgeon.hook import Hook
 from surgeon.loss_log import LossLog, ProgressBar
+from surgeon.rates import grouped
 from surgeon.render import Rendered
 from surgeon.task_loss import count_items
 
@@ -49,6 +50,16 @@ class SurgeonTrainer(transformers.Trainer):
         super().__init__(callbacks=[_HookCalls(hooks)], **options)
         self.remove_callback(transformers.PrinterCallback)
         self.began = time.perf_counter()
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's optimiser, with a group of its own for every learning rate that the methods ask for."""
+        made: torch.optim.Optimizer = super().create_optimizer(model)
+        groups = grouped(self.model, made.param_groups, self.args.learning_rate)
+        if groups is not made.param_groups:
+            made.param_groups = []
+            for group in groups:
+                made.add_param_group(group)
+        return made
 
     def compute_loss_context_manager(self) -> Any:
         """Autocast here and not through Accelerate, which would rewrite the model's forward and make logits fp32."""
