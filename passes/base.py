@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 # The names of site kinds, repeated here so that pass files need not import torch; surgeon.sites has their meaning.
 LINEAR, CONV1D, EMBEDDING, ATTENTION, EXPERTS = "linear", "conv1d", "embedding", "attention", "experts"
+CONV = "conv"
+# What the word all-linear stands for, among the kinds a pass works on.
+ALL_LINEAR_KINDS = (LINEAR, CONV1D)
 
 
 @dataclass(frozen=True)
@@ -219,10 +222,10 @@ class Adapter(Pass):
 
         candidates = [site for site in sites(graph, *self.kinds) if not inside(self.modules_to_save, site.path)]
         check_words(self.targets, [site.path for site in candidates])
-        head = head_paths(graph)
+        linears, head = ALL_LINEAR in words(self.targets), head_paths(graph)
         chosen: list[Site | Skip] = []
         for site in candidates:
-            everything = ALL_LINEAR in words(self.targets) and site.kind != EMBEDDING and site.path not in head
+            everything = linears and site.kind in ALL_LINEAR_KINDS and site.path not in head
             if not (everything or matches(self.targets, site.path)) or matches(self.exclude, site.path):
                 continue
             why = self.unfit(site)

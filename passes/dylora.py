@@ -67,11 +67,16 @@ class DyLora(Lora):
         if self.ranks:
             raise UsageError("dylora draws one rank for all layers", "--ranks", "leave it out, or use lora")
 
+    def unfit(self, site: Site) -> str:
+        """Every group of a convolution would draw its own rank."""
+        return "it is a convolution in groups" if site.groups > 1 else super().unfit(site)
+
     def rewrite(self, edit: Edit, site: Site) -> None:
         """x → dropout → a → b diag(active) → · α/rank → + y."""
-        low, b = self._low(edit, site)
+        made = self.bypass(site)
+        low, b = self.low(edit, made)
         active = edit.shared(ACTIVE, (self.rank,), "ones")
-        edit.replace(edit.add(edit.y, edit.mul(edit.linear(low, edit.mul(b, active)), self.scale)))
+        edit.replace(edit.add(edit.y, edit.mul(made.up(edit, low, edit.mul(b, active)), self.scale)))
 
     def shared_cost(self) -> Cost:
         """The one vector `active`."""
@@ -88,7 +93,7 @@ class DyLora(Lora):
         from surgeon.normal import Normal
 
         count = int((params[ACTIVE] != 0).sum())
-        return Normal(self.scale_at(count), params["a"][:count], params["b"][:, :count])
+        return Normal(self.scale_at(count), params["a"][..., :count, :], params["b"][..., :count])
 
     def scale_at(self, rank: int) -> float:
         """alpha / b, or alpha / √b."""
@@ -179,8 +184,9 @@ class DrawRank(Hook):
 
     def _parameters(self, model: nn.Module) -> list[tuple[Tensor, int]]:
         """The a's and b's with the axis of their rank."""
-        named = list(model.named_parameters())
-        return [(p, axis) for axis, word in enumerate("ab") for n, p in named if n.endswith(f".{self.owner}.{word}")]
+        named = [(f".{name}", parameter) for name, parameter in model.named_parameters()]
+        mine = [(n.rpartition(".")[2], p) for n, p in named if f".{self.owner}." in n]
+        return [(p, axis) for word, axis in (("a", -2), ("b", -1)) for leaf, p in mine if leaf == word]
 
     def _masked(self, axis: int) -> Callable[[Tensor], Tensor]:
         """Rows that rest have no gradient, so that clipping does not count them."""

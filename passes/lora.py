@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from surgeon.errors import UnsupportedError, UsageError
-from surgeon.passes.base import CONV1D, EMBEDDING, LINEAR, Adapter, Cost
+from surgeon.passes.base import CONV, CONV1D, EMBEDDING, EXPERTS, LINEAR, Adapter, Cost
 
 if TYPE_CHECKING:
     import torch
     from torch import fx
 
+    from surgeon.bypass import Bypass
     from surgeon.edit import Edit
     from surgeon.normal import Base, Normal
     from surgeon.sites import Site
@@ -25,7 +26,7 @@ _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True)
 class Lora(Adapter):
-    """A low-rank bypass beside a linear or an embedding.
+    """A low-rank bypass beside a linear, an embedding, a layer's experts or a convolution.
 
     a: `[rank, in]` ~ U(−1/√in, 1/√in), b: `[out, rank]` = 0, so the model is unchanged until trained. The paper draws a
     from a Gaussian; this is the initialisation of its code and of PEFT. At an embedding a `[rank, vocab]` = 0 and
@@ -45,7 +46,7 @@ class Lora(Adapter):
     name: ClassVar[str] = "lora"
     peft_type: ClassVar[str] = "LORA"
     peft_bias: ClassVar[str] = "lora_only"
-    kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D, EMBEDDING)
+    kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D, EMBEDDING, EXPERTS, CONV)
     least_rank: ClassVar[int] = 1
     rank: int = 8
     alpha: float = 16.0
@@ -93,43 +94,44 @@ class Lora(Adapter):
 
     def unfit(self, site: Site) -> str:
         """Raises UsageError for a rank that no [out, in] matrix has."""
-        rank = self.rank_at(site.path)
-        if rank > min(site.inp, site.out):
+        made = self.at(site).bypass(site)
+        if made.rank > made.limit:
             raise UsageError(
-                f"{self.name}: rank {rank} is above the size of the layer",
+                f"{self.name}: rank {made.rank} is above the size of the layer",
                 f"{site.path} is [{site.out}, {site.inp}]",
-                f"a rank of at most {min(site.inp, site.out)}, or leave the module out with --exclude",
+                f"a rank of at most {made.limit}, or leave the module out with --exclude",
             )
-        return ""
+        return made.unfit()
+
+    def bypass(self, site: Site) -> Bypass:
+        """The shapes and nodes of a and b; asked of the pass as `at` leaves it."""
+        from surgeon.bypass import bypass_at
+
+        return bypass_at(site, self.rank)
 
     def cost(self, site: Site) -> Cost:
         """rank · (in + out) parameters, each multiplied once per token; an embedding looks up a column of a."""
-        count = self.rank * (site.inp + site.out)
-        read = self.rank * site.out if site.kind == EMBEDDING else count
-        return Cost(rank=self.rank, trained=count, stored=count, flops=2 * read)
+        made = self.bypass(site)
+        return Cost(rank=self.rank, trained=made.parameters, stored=made.parameters, flops=2 * made.macs)
 
     def rewrite(self, edit: Edit, site: Site) -> None:
         """x → dropout → a → b → · s → + y."""
-        low, b = self._low(edit, site)
-        edit.replace(edit.add(edit.y, edit.mul(edit.linear(low, b), self.scale)))
+        made = self.bypass(site)
+        low, b = self.low(edit, made)
+        edit.replace(edit.add(edit.y, edit.mul(made.up(edit, low, b), self.scale)))
 
-    def _low(self, edit: Edit, site: Site) -> tuple[fx.Node, fx.Node]:
-        """A dropout(x) `[.., rank]`, a look-up at an embedding, and b."""
-        import torch
-
-        aten = torch.ops.aten
-        looked_up = site.kind == EMBEDDING
-        a = edit.param("a", (self.rank, site.inp), "zeros" if looked_up else "kaiming")
-        b = edit.param("b", (site.out, self.rank), "normal" if looked_up else "zeros")
-        if looked_up:
-            return edit.call(aten.embedding.default, edit.call(aten.transpose.int, a, 0, 1), edit.x), b
-        return edit.linear(edit.dropout(edit.x, self.dropout), a), b
+    def low(self, edit: Edit, made: Bypass) -> tuple[fx.Node, fx.Node]:
+        """A dropout(x) and b; there is no dropout on token ids."""
+        a, b = (edit.param(*given) for given in zip("ab", (made.a, made.b), made.first, strict=True))
+        x = edit.x if made.site.kind == EMBEDDING else edit.dropout(edit.x, self.dropout)
+        return made.down(edit, x, a), b
 
     def normal(self, params: Mapping[str, torch.Tensor], site: Site, base: Base) -> Normal:
         """a and b as they are."""
         from surgeon.normal import Normal
 
-        return Normal(scale=self.scale, a=params["a"], b=params["b"])
+        a, b = self.bypass(site).normal(params["a"], params["b"])
+        return Normal(scale=self.scale, a=a, b=b)
 
     def rate(self, name: str, site: Site | None, lr: float) -> float:
         """As in the code of LoRA+: the ratio is for b and all vectors, and embeddings have a rate of their own."""

@@ -22,7 +22,7 @@ from surgeon.low_rank import LowRank
 from surgeon.normal import Normal
 from surgeon.passes.lora import Lora
 from surgeon.replaced import Held
-from surgeon.sites import EXPERTS, Site, sites
+from surgeon.sites import CONV, EXPERTS, Site, sites
 from surgeon.strip import without
 
 SUM, TIES, DARE = "sum", "ties", "dare"
@@ -175,11 +175,12 @@ def _changes(graph: Graph) -> dict[str, tuple[Site, LowRank | Tensor]]:
 
 def _change(graph: Graph, group: list[fold.Fold]) -> LowRank | Tensor:
     site = group[0].site
-    if site.kind == EXPERTS:
-        raise UnsupportedError("experts are not converted", site.path, "leave them out with --exclude, or merge")
+    if site.kind in (EXPERTS, CONV):
+        what = "experts and convolutions are not converted"
+        raise UnsupportedError(what, site.path, "leave them out with --exclude, or merge")
 
     def weight() -> Tensor:
-        return fold.oriented(fold.value_of(graph, site.weight).float(), group)
+        return site.matrix(fold.value_of(graph, site.weight).float())
 
     made = fold.normals(group, weight, lambda: fold.value_of(graph, site.bias) if site.bias else None)
     if any(normal.bias is not None for normal in made):

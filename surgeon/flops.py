@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 from torch import fx
 
 from surgeon.graph import Graph
-from surgeon.sites import CONV1D, LINEAR, sites
+from surgeon.sites import CONV, CONV1D, LINEAR, sites
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Flops:
     """Floating-point operations per token, 2 per multiply-add of a weight matrix.
 
     Attributes:
-        base: forward pass through the base's linears, experts in use and head.
+        base: forward pass through the base's linears, convolutions (per position), experts in use and head.
         adapter: forward pass through what the methods add.
         forward: base + adapter.
         training_step: 2 · forward + 2 · trained parameters: the backward pass sends gradients through every matrix
@@ -36,7 +37,9 @@ class Flops:
 def flops_of(graph: Graph, trained: int, adapter: int) -> Flops:
     """The work of a model with `trained` trained parameters and `adapter` operations per token that methods add."""
     linears = dataclasses.replace(graph, applied=())
-    base = sum(2 * site.inp * site.out for site in sites(linears, LINEAR, CONV1D)) + _per_layer(graph, _expert_flops)
+    matrices = sites(linears, LINEAR, CONV1D, CONV)
+    base = sum(2 * site.inp // site.groups * math.prod(site.window) * site.out for site in matrices)
+    base += _per_layer(graph, _expert_flops)
     forward = base + adapter
     return Flops(base, adapter, forward, 2 * forward + 2 * trained, _per_layer(graph, _attention_flops))
 

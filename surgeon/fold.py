@@ -202,8 +202,8 @@ class MergedValues(Mapping[str, torch.Tensor]):
         if name not in self._groups:
             return stored
         group = self._groups[name]
-        result = stacked(oriented(_wide(stored), group), self._normals(name, group))
-        return oriented(result, group).to(stored.dtype)
+        site = group[0].site
+        return site.stored(stacked(site.matrix(_wide(stored)), self._normals(name, group))).to(stored.dtype)
 
     def _normals(self, name: str, group: list[Fold]) -> list[Normal]:
         site = group[0].site
@@ -211,7 +211,7 @@ class MergedValues(Mapping[str, torch.Tensor]):
         bias = site.bias
         return normals(
             group,
-            lambda: oriented(_wide(value_of(self._graph, weight)), group),
+            lambda: site.matrix(_wide(value_of(self._graph, weight))),
             lambda: value_of(self._graph, bias) if bias else None,
         )
 
@@ -224,11 +224,6 @@ class MergedValues(Mapping[str, torch.Tensor]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._graph.values or name in self._broken
-
-
-def oriented(weight: torch.Tensor, group: list[Fold]) -> torch.Tensor:
-    """A stored weight as `[out, in]`, or that as it is stored: the same turn both ways."""
-    return weight.transpose(-1, -2) if group[0].site.transposed else weight
 
 
 def _wide(weight: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from surgeon.fold import Fold, folds, normals, oriented, stacked, value_of
+from surgeon.fold import Fold, folds, normals, stacked, value_of
 from surgeon.graph import Graph
 from surgeon.options import documented_spec
 from surgeon.planning import base_bytes, base_parameters
@@ -139,7 +139,7 @@ def _adapted(graph: Graph, found: list[Fold]) -> AdaptedSite:
 def relative_change(graph: Graph, found: list[Fold]) -> float:
     """‖ΔW‖ / ‖W‖ of the adapters of one weight; 0 for a weight of zeros that stays."""
     site = found[0].site
-    weight = oriented(value_of(graph, site.weight).float(), found)
+    weight = site.matrix(value_of(graph, site.weight).float())
 
     def bias() -> torch.Tensor | None:
         return value_of(graph, site.bias) if site.bias else None

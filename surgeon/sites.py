@@ -1,4 +1,4 @@
-"""The places of a graph that passes work on: linears, embeddings, experts, attentions, each with its module path."""
+"""The places of a graph that passes work on: linears, convolutions, embeddings, experts, attentions."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from surgeon.graph import Graph, path_of, tag
 aten = torch.ops.aten
 GIVEN = "given"  # node.meta key: (owner, position or keyword, what undoes it) of what passes gave a site's node
 LINEAR, CONV1D, EMBEDDING, ATTENTION, EXPERTS = "linear", "conv1d", "embedding", "attention", "experts"
+CONV = "conv"
+_CONVOLUTIONS = {overload for op in (aten.conv1d, aten.conv2d, aten.conv3d) for overload in (op.default, op.padding)}
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Site:
     Attributes:
         path: full module path (`model.layers.3.self_attn.q_proj`).
         kind: LINEAR (`[out, in]`), CONV1D (Hugging Face's transposed `[in, out]`), EMBEDDING (`[vocab, out]`),
-            EXPERTS (the matrices of a layer's experts in one tensor, `[experts, out, in]`), ATTENTION.
+            EXPERTS (the matrices of a layer's experts in one tensor, `[experts, out, in]`), CONV (a convolution's
+            kernel, `[out, in / groups, *window]`), ATTENTION.
         layer: path of the layer it lies in, "" for the trunk.
         node: name of the node in that layer's graph.
         weight: full name of the weight it reads, "" for attentions; tied weights by the name they are stored under.
@@ -36,6 +39,8 @@ class Site:
         queries: query heads of an attention.
         role: of an attention: "decoder" or "encoder" over its own tokens, "cross" over an encoder's states.
         transposed: whether the weight is stored input first.
+        groups: of a convolution, in which outputs read their own share of the inputs.
+        window: sizes of a convolution's window.
     """
 
     path: str
@@ -51,6 +56,23 @@ class Site:
     heads: int = 0
     queries: int = 0
     role: str = ""
+    groups: int = 1
+    window: tuple[int, ...] = ()
+
+    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight (or as many rows of it) as it multiplies, `[.., out, in]`.
+
+        Experts and groups of a convolution have an axis in front; a window is part of `in`.
+        """
+        if self.kind == CONV:
+            return weight.flatten(1) if self.groups == 1 else weight.flatten(1).unflatten(0, (self.groups, -1))
+        return weight.transpose(-1, -2) if self.transposed else weight
+
+    def stored(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The other way: a `matrix` as the weight is stored."""
+        if self.kind == CONV:
+            return matrix.reshape(-1, self.inp // self.groups, *self.window)
+        return matrix.transpose(-1, -2) if self.transposed else matrix
 
     def tensor(self, owner: str, name: str) -> str:
         """Full name of what a pass inserts here: `<path>.<owner>.<name>`.
@@ -88,6 +110,8 @@ def _site(graph: Graph, node: fx.Node, prefix: str) -> Site | None:
     if kind is None or weight is None:
         return None
     name, other = prefix + str(weight.target), "" if bias is None else prefix + str(bias.target)
+    if kind == CONV:
+        return _convolution(graph, node, prefix, name, other, tuple(weight.meta["val"].shape))
     *experts, out, inp = tuple(weight.meta["val"].shape)
     transposed = kind in (CONV1D, EMBEDDING) or bool(node.kwargs.get("transposed"))
     if transposed:
@@ -95,6 +119,16 @@ def _site(graph: Graph, node: fx.Node, prefix: str) -> Site | None:
     return Site(
         _path(node, name, prefix), kind, layer, node.name, graph.resolve(name), other, inp, out,
         experts[0] if experts else 0, transposed,
+    )  # fmt: skip
+
+
+def _convolution(graph: Graph, node: fx.Node, prefix: str, weight: str, bias: str, shape: tuple[int, ...]) -> Site:
+    out, inp, *window = shape
+    x = node.args[0]
+    groups = int(x.meta["val"].shape[-1 - len(window)]) // inp
+    return Site(
+        _path(node, weight, prefix), CONV, prefix.removesuffix("."), node.name, graph.resolve(weight), bias,
+        inp * groups, out, groups=groups, window=tuple(window),
     )  # fmt: skip
 
 
@@ -127,9 +161,11 @@ def _weights(node: fx.Node) -> tuple[str | None, fx.Node | None, fx.Node | None]
         kind, weight, bias = EMBEDDING, node.args[0], None
     elif node.target is torch.ops.surgeon.expert_linear.default:
         kind, weight, bias = EXPERTS, node.args[1], node.args[3] if len(node.args) > 3 else None
+    elif node.target in _CONVOLUTIONS:
+        kind, weight, bias = CONV, node.args[1], node.args[2] if len(node.args) > 2 else None
     else:
         return None, None, None
-    axes = 3 if kind == EXPERTS else 2
+    axes = {EXPERTS: 3, CONV: 5}.get(kind, 2)
     if not _is_tensor_of_model(weight, axes) or not (bias is None or _is_tensor_of_model(bias, axes)):
         return None, None, None
     return kind, weight, bias

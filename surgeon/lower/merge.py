@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from surgeon.errors import UnsupportedError
-from surgeon.fold import Fold, by_bias, by_weight, fold, folds, normals, oriented, stacked, untied, value_of
+from surgeon.fold import Fold, by_bias, by_weight, fold, folds, normals, stacked, untied, value_of
 from surgeon.graph import Graph
 from surgeon.heads import head_config
 from surgeon.lower import rest
 from surgeon.lower.hf import Derived, MergeReport, write_merged
 from surgeon.lower.stream import Delta, WholeDelta
 from surgeon.normal import Normal
+from surgeon.sites import CONV
 from surgeon.source import Source, Values, open_graph, open_source
 from surgeon.unconvert import stored_parts
 from surgeon.verification import Comparison, compare, make_probes
@@ -190,7 +191,7 @@ def _normals(graph: Graph, group: list[Fold], name: str) -> list[Normal]:
     site = group[0].site
     return normals(
         group,
-        lambda: oriented(graph.values[name].float(), group),
+        lambda: site.matrix(graph.values[name].float()),
         lambda: value_of(graph, site.bias) if site.bias else None,
     )
 
@@ -198,13 +199,15 @@ def _normals(graph: Graph, group: list[Fold], name: str) -> list[Normal]:
 def _rows(found: list[Normal], group: list[Fold]) -> Delta:
     """The change of rows of a stored tensor; rows are experts, or outputs, or inputs where it is stored transposed."""
     site = group[0].site
+    if site.kind == CONV:
+        return WholeDelta(lambda weight: site.stored(stacked(site.matrix(weight), found)))
 
     def delta(weight: torch.Tensor, rows: slice) -> torch.Tensor:
         if site.experts:
             parts = [normal.experts(rows) for normal in found]
         else:
             parts = [normal.inputs(rows) if site.transposed else normal.outputs(rows) for normal in found]
-        return oriented(stacked(oriented(weight, group), parts), group)
+        return site.stored(stacked(site.matrix(weight), parts))
 
     return delta
 
@@ -234,7 +237,7 @@ def _converted(
             )
         total = delta if total is None else total + delta
     assert total is not None
-    parts = stored_parts(weights, {name: oriented(total, group)})
+    parts = stored_parts(weights, {name: group[0].site.stored(total)})
     return {stored: WholeDelta(lambda weight, d=part: weight + d) for stored, part in parts.items()}  # type: ignore[misc]
 
 
