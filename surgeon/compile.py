@@ -20,6 +20,8 @@ from surgeon.graph import copied, sweep
 from surgeon.mixed import with_casts
 
 aten = torch.ops.aten
+_TRAINING = ("dropout_p", "group", "wrap")
+"""What an attention does only while it trains: dropout, and shifted sparse segments."""
 _DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.dropout_.default}
 
 
@@ -57,13 +59,13 @@ def code(graph: fx.Graph) -> Code:
 
 
 def without_dropout(graph: fx.Graph) -> fx.Graph:
-    """The same graph with every dropout switched off; the graph itself if it has none."""
+    """The same graph with every dropout switched off, and whole attention; the graph itself if nothing changes."""
     if not any(_drops(node) for node in graph.nodes):
         return graph
     quiet, _ = copied(graph)
     for node in list(quiet.nodes):
         if node.target is torch.ops.surgeon.attention.default:
-            node.kwargs = {k: v for k, v in node.kwargs.items() if k != "dropout_p"}
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k not in _TRAINING}
         elif node.target is aten.scaled_dot_product_attention.default and len(node.args) > 4:
             node.args = (*node.args[:4], 0.0, *node.args[5:])
         elif _drops(node):
@@ -75,7 +77,7 @@ def without_dropout(graph: fx.Graph) -> fx.Graph:
 
 def _drops(node: fx.Node) -> bool:
     if node.target is torch.ops.surgeon.attention.default:
-        return bool(node.kwargs.get("dropout_p"))
+        return any(node.kwargs.get(name) for name in _TRAINING)
     if node.target is aten.scaled_dot_product_attention.default:
         return len(node.args) > 4 and bool(node.args[4])
     return node.target in _DROPOUTS

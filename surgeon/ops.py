@@ -13,12 +13,14 @@ import weakref
 import torch
 from torch.nn import functional as F
 
+from surgeon.segments import segmented
+
 _LIBRARY = torch.library.Library("surgeon", "DEF")
 
 _LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? bias=None, Tensor? sinks=None, *, float scale, "
     "bool causal=False, int window=0, int chunk=0, float softcap=0.0, float dropout_p=0.0, str role='self', "
-    "int prefix=0) -> Tensor"
+    "int prefix=0, int group=0, bool wrap=False) -> Tensor"
 )
 _LIBRARY.define(
     "expert_linear(Tensor x, Tensor weight, Tensor ids, Tensor? bias=None, *, bool transposed=False) -> Tensor"
@@ -121,6 +123,8 @@ def attention(
     dropout_p: float = 0.0,
     role: str = "self",
     prefix: int = 0,
+    group: int = 0,
+    wrap: bool = False,
 ) -> torch.Tensor:
     """softmax(softcap(scale · q kᵀ) + bias, over visible keys and the sink) v, a row that sees no key giving 0.
 
@@ -139,11 +143,17 @@ def attention(
         dropout_p: probability of dropping an attention weight.
         role: "self", or "cross" when k and v come from an encoder. Read by passes, not by the arithmetic.
         prefix: number of first keys that every query sees, see `visible`.
+        group: length of the segments of shifted sparse attention, 0 for none; `wrap` its form: see `surgeon.segments`.
+        wrap: see `group`.
 
     Returns:
         `[b, h, t, d_v]`.
     """
     queries, keys, grouped = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
+    if group:
+        options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "dropout_p": dropout_p}
+        attend = functools.partial(attention, **options, prefix=prefix)  # type: ignore[arg-type]
+        return segmented(q, k, v, mask, bias, sinks, group=group, wrap=wrap, prefix=prefix, attend=attend)
     if not _tracing(q):
         if mask is not None and _hides_nothing(mask):
             mask = None  # a mask that hides nothing would only cost the [t, s] additions
