@@ -1,0 +1,198 @@
+"""NF4 and FP4 with double quantisation, in plain torch: the reference for every kernel.
+
+The layout is bitsandbytes' own, bit for bit, so that state dicts interchange (`surgeon.bitsandbytes_state`). Group-wise
+integers are in `surgeon.numerics_int`, the packing of codes in `surgeon.packing`.
+
+Dettmers et al. 2023, §3, and bitsandbytes, whose constants differ from the paper's equations: the printed equation 4
+does not produce the published code book, and the second quantisation is not FP8 but an 8-bit map with a dynamic
+exponent.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from surgeon.errors import UsageError
+from surgeon.packing import pack_high_first, unpack_high_first
+
+BLOCK = 64
+NESTED_BLOCK = 256
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""Quantiles of N(0, 1), code 0 … 15: 8 positive ones between 0.5 and o, 7 negative ones, zero; o = 0.9677083."""
+_FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+KINDS = ("nf4", "fp4")
+
+
+@dataclass(frozen=True)
+class Nested:
+    """What undoes the quantisation of absmax: absmax[i] ≈ map[code_i] · scale[i // 256] + offset.
+
+    Attributes:
+        scale: fp32 `[⌈blocks / 256⌉]`, the largest |absmax − offset| of each 256.
+        offset: fp32 scalar, the mean of all absmax.
+    """
+
+    scale: torch.Tensor
+    offset: torch.Tensor
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """A tensor in 4-bit codes: w[i] ≈ book[code_i] · absmax[i // 64], i over the flattened tensor.
+
+    Attributes:
+        codes: uint8 `[⌈n / 2⌉]`, the even index in the high nibble.
+        absmax: fp32 `[⌈n / 64⌉]`, or uint8 codes of it if `nested`.
+        shape: of the tensor.
+        kind: "nf4" or "fp4".
+        nested: of the double quantisation, None without.
+        block: elements per absmax.
+    """
+
+    codes: torch.Tensor
+    absmax: torch.Tensor
+    shape: tuple[int, ...]
+    kind: str = "nf4"
+    nested: Nested | None = None
+    block: int = BLOCK
+
+    @property
+    def bits(self) -> float:
+        """Bits per element, the one offset of the tensor left out: 4.5, or 4.127 with double quantisation."""
+        stored = 8 * (self.codes.numel() + self.absmax.numel() * self.absmax.itemsize)
+        stored += 32 * self.nested.scale.numel() if self.nested else 0
+        return stored / math.prod(self.shape)
+
+
+@functools.cache
+def code_book(kind: str) -> torch.Tensor:
+    """The 16 values of the codes, fp32. FP4 is sign, two bits of exponent, one of mantissa, in order of the codes.
+
+    Raises:
+        UsageError: there is no such kind.
+    """
+    if kind == "nf4":
+        return torch.tensor(NF4, dtype=torch.float32)
+    if kind == "fp4":
+        positive = torch.tensor(_FP4_TWELFTHS, dtype=torch.float32)
+        return torch.cat([positive, -positive]) / 12
+    raise UsageError(f"there is no 4-bit type '{kind}'", "", f"one of {', '.join(KINDS)}")
+
+
+@functools.cache
+def thresholds(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The 15 midpoints between the values in ascending order, and the codes of the 16 values in that order."""
+    book = code_book(kind)
+    order = torch.argsort(book, stable=True)
+    return (book[order[:-1]] + book[order[1:]]) / 2, order.to(torch.uint8)
+
+
+def quantise_4bit(weight: torch.Tensor, kind: str = "nf4", *, double: bool = False, block: int = BLOCK) -> FourBit:
+    """code = the nearest of the book to w / absmax over 64 consecutive elements; ties go down.
+
+    The division is a product with 1 / absmax, but for a last block that is not full: bitsandbytes divides there, and
+    the two may round differently. A block of zeros has absmax 0 and the code of 0.
+
+    Args:
+        weight: any shape and floating dtype, computed in fp32.
+        kind: "nf4" or "fp4".
+        double: quantise absmax too.
+        block: elements per absmax.
+
+    Raises:
+        UsageError: a value is not finite.
+    """
+    midpoints, order = (table.to(weight.device) for table in thresholds(kind))
+    blocks = _blocks(weight, block)
+    absmax = blocks.abs().amax(1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
+    _require_finite(absmax)
+    if weight.numel() % block:
+        absmax[-1].clamp_(min=1e-38)
+        scaled[-1] = (blocks[-1] / absmax[-1]).clamp_(-1, 1)
+    count = weight.numel() + weight.numel() % 2
+    found = torch.bucketize(scaled.flatten()[:count], midpoints, out_int32=True)
+    codes = found.to(torch.uint8) if kind == "nf4" else order[found.long()]
+    packed = pack_high_first(codes)
+    if not double:
+        return FourBit(packed, absmax, tuple(weight.shape), kind, None, block)
+    stored, nested = quantise_absmax(absmax)
+    return FourBit(packed, stored, tuple(weight.shape), kind, nested, block)
+
+
+def dequantise_4bit(stored: FourBit, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """book[code] · absmax, the product in fp32 and rounded once to `dtype`."""
+    size, device = math.prod(stored.shape), stored.codes.device
+    values = code_book(stored.kind).to(device)[unpack_high_first(stored.codes).int()]
+    absmax = stored.absmax if stored.nested is None else dequantise_absmax(stored.absmax, stored.nested)
+    values = F.pad(values, (0, len(absmax) * stored.block - len(values))) if size % stored.block else values
+    product = values.view(-1, stored.block).mul_(absmax[:, None])
+    return product.flatten()[:size].view(stored.shape).to(dtype)
+
+
+@functools.cache
+def dynamic_map() -> torch.Tensor:
+    """The 256 values of bitsandbytes' signed 8-bit type with a dynamic exponent, ascending, fp32.
+
+    For e = 0 … 6 there are 2^e fractions, the midpoints of equal parts of [0.1, 1], times 10^(e−6), with both signs;
+    and 0 and 1 (Dettmers 2016, §2.3).
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        positive = (10.0 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+        values += [*positive, *(-value for value in positive)]
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+@functools.cache
+def _nearest_of_grid() -> torch.Tensor:
+    """Code of the map nearest to −1 + 2 k / 65535, for k = 0 … 65535, uint8."""
+    book = dynamic_map()
+    grid = torch.arange(65536, dtype=torch.float32) * (2 / 65535) - 1
+    return torch.bucketize(grid, (book[:-1] + book[1:]) / 2).to(torch.uint8)
+
+
+def quantise_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, Nested]:
+    """Double quantisation: code = the nearest of `dynamic_map` to (absmax − mean) / scale, in blocks of 256.
+
+    The nearest is looked up on a grid of 65536 points, as bitsandbytes does on a CPU (its GPU kernel compares with the
+    midpoints; where the two differ, both codes are equally near to within 1.6e-5 of the scale).
+    """
+    offset = absmax.mean()
+    blocks = _blocks(absmax - offset, NESTED_BLOCK)
+    scale = blocks.abs().amax(1)
+    scaled = blocks * (1.0 / scale)[:, None]
+    point = ((scaled + 1.0) * 32767.5 + 0.5).nan_to_num(0.0).clamp_(0, 65535).long()
+    codes = _nearest_of_grid().to(absmax.device)[point]
+    codes[scale == 0] = 0
+    return codes.flatten()[: absmax.numel()].contiguous(), Nested(scale, offset)
+
+
+def dequantise_absmax(codes: torch.Tensor, nested: Nested) -> torch.Tensor:
+    """map[code] · scale + offset, fp32 `[blocks]`."""
+    values = dynamic_map().to(codes.device)[codes.int()]
+    return values * nested.scale.repeat_interleave(NESTED_BLOCK)[: len(values)] + nested.offset
+
+
+def _blocks(values: torch.Tensor, block: int) -> torch.Tensor:
+    """The flattened values in rows of `block`, fp32, the last one padded with zeros."""
+    flat = values.reshape(-1).float()
+    return F.pad(flat, (0, -len(flat) % block)).view(-1, block)
+
+
+def _require_finite(absmax: torch.Tensor) -> None:
+    if not bool(torch.isfinite(absmax).all()):
+        bad = int((~torch.isfinite(absmax)).sum())
+        raise UsageError(
+            f"{bad} block(s) hold values that are not finite", "", "the checkpoint is damaged: check where it came from"
+        )
