@@ -76,9 +76,9 @@ def view(report: OnnxReport) -> RenderableType:
     replay = report.replay
     if replay:
         rows = sum(len(batch.prompts) for batch in replay.batches)
-        fields["replayed"] = (
-            f"{replay.steps} greedy tokens × {rows} rows in ONNX Runtime: {replay.token_agreement:.1%} of tokens agree"
-        )
+        done = f"{replay.steps} greedy tokens × {rows} rows" if replay.steps else f"{rows} texts"
+        what = "tokens" if replay.steps else "predictions"
+        fields["replayed"] = f"{done} in ONNX Runtime: {replay.token_agreement:.1%} of {what} agree"
         fields["max |Δlogit|"] = f"{replay.max_error:.3g}, may be {replay.bound:.3g} ({replay.because})"
     else:
         fields["replayed"] = "no: --no-verify"

@@ -15,7 +15,7 @@ from surgeon.wiring import inputs_of
 
 aten = torch.ops.aten
 INPUT = "position_ids"
-_BY_MASK = ("opt", "biogpt")
+BY_MASK = ("opt", "biogpt")
 
 
 def default(graph: Graph, mask: torch.Tensor, ids: torch.Tensor | None = None, *, virtual: int = 0) -> torch.Tensor:
@@ -28,7 +28,7 @@ def default(graph: Graph, mask: torch.Tensor, ids: torch.Tensor | None = None, *
         virtual: how many virtual tokens the model puts in front; their positions are its own affair.
     """
     start, mask = first(graph), mask.long()
-    if graph.config.model_type in _BY_MASK:
+    if graph.config.model_type in BY_MASK:
         return mask.cumsum(-1) * mask - 1
     if start and not virtual:
         real = mask if ids is None else (ids != start - 1).long()

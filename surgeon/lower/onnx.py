@@ -1,7 +1,8 @@
-"""`--target onnx`: a causal language model with K/V cache as one ONNX file, replayed in ONNX Runtime before it is kept.
+"""`--target onnx`: a model as one ONNX file, replayed in ONNX Runtime before it is kept.
 
-Inputs `input_ids`, `attention_mask`, `position_ids`, `past_key_values.{i}.key/value`; outputs `logits`,
-`present.{i}.key/value`: what transformers.js and ONNX Runtime GenAI expect. One graph serves prefill and decode.
+A causal language model has a K/V cache: inputs `input_ids`, `attention_mask`, `position_ids`,
+`past_key_values.{i}.key/value`; outputs `logits`, `present.{i}.key/value`: what transformers.js and ONNX Runtime GenAI
+expect. One graph serves prefill and decode. Classifiers and encoders are run once: see `surgeon.lower.onnx_once`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from surgeon.atomic import atomic_folder, check_target
 from surgeon.errors import UnsupportedError, UsageError, nearest
 from surgeon.finalise import finalise
 from surgeon.graph import Graph
+from surgeon.lower import onnx_once
 from surgeon.lower.onnx_check import Replay, replay
 from surgeon.lower.onnx_join import OPSET
 from surgeon.lower.onnx_model import build
@@ -83,11 +85,12 @@ def export_onnx(
 ) -> OnnxReport:
     """Write the folder `out` with the model, its configs, its tokenizer and a manifest with replayed probes.
 
-    Adapters are folded into the weights first. Virtual tokens become constant keys and values, which the graph puts
-    before the past at every attention: inputs, outputs, masks and positions are those of the text alone.
+    Adapters are folded into the weights first. Virtual tokens become constants: before the past at every attention of a
+    language model, where they were trained in a model that is run once. Inputs, outputs, masks and positions are those
+    of the text alone.
 
     Args:
-        graph: a causal language model with values.
+        graph: a causal language model, a classifier or an encoder, with values.
         out: the new folder.
         precision: "fp32" or "fp16", of weights, cache and arithmetic; norms and softmax stay fp32.
         tokenizer: is written beside the model and makes the probes.
@@ -96,7 +99,7 @@ def export_onnx(
 
     Raises:
         CheckFailed: ONNX Runtime computes something else; nothing is left behind.
-        UnsupportedError: the model generates no text, or a part of it has no ONNX form.
+        UnsupportedError: the model has a decoder with an encoder, or a part of it has no ONNX form.
         UsageError: no such precision, or `out` exists.
     """
     began = time.perf_counter()
@@ -105,13 +108,15 @@ def export_onnx(
     check_target(Path(out), overwrite)
     plain = exportable(graph)
     dtype = PRECISIONS[precision]
-    model = build(run.apply(plain, make("kv_cache")), dtype)
+    once = graph.task in onnx_once.TASKS
+    model = build(onnx_once.numbered(plain) if once else run.apply(plain, make("kv_cache")), dtype)
     with atomic_folder(out, overwrite=overwrite) as folder:
         ir.save(model, folder / MODEL, external_data=DATA)
         del model
         checked = None
         if verify:
-            checked = replay(plain, folder / MODEL, make_probes(plain, tokenizer), dtype)
+            check = onnx_once.compare if once else replay
+            checked = check(plain, folder / MODEL, make_probes(plain, tokenizer), dtype)
             checked.require(str(out))
         _write_configs(plain, folder, tokenizer, dtype)
         manifest = _manifest(graph, precision, checked)
@@ -125,18 +130,20 @@ def export_onnx(
 
 
 def exportable(graph: Graph) -> Graph:
-    """The graph with its adapters folded in, and virtual tokens as constant keys and values at its attentions.
+    """The graph with its adapters folded in; a prompt of a language model is keys and values at its attentions.
 
     Raises:
-        UnsupportedError: it is no causal language model, or something stays that has no place in the export.
+        UnsupportedError: it is an encoder with a decoder, or something stays that has no place in the export.
     """
-    if graph.task != "causal-lm":
+    if graph.task not in ("causal-lm", *onnx_once.TASKS) or "decoder_input_ids" in graph.inputs:
+        name = graph.config.model_type
         raise UnsupportedError(
-            f"the ONNX export is for causal language models, and {graph.config.model_type} was read for {graph.task}",
+            f"the ONNX export is for causal language models, classifiers and encoders; {name} is read for {graph.task}",
             graph.source,
             "--target hf writes a merged checkpoint of any model",
         )
-    plain = as_columns(finalise(graph))
+    plain = finalise(graph)
+    plain = as_columns(plain) if graph.task == "causal-lm" else plain
     left = ", ".join(step.name for step in plain.applied if not isinstance(step, Adapter))
     if left:
         raise UnsupportedError(f"the ONNX export has no place for {left}", graph.source, "export without it")
@@ -149,14 +156,16 @@ def _write_configs(graph: Graph, folder: Path, tokenizer: Any, dtype: torch.dtyp
     config._name_or_path = ""
     config.architectures = graph.config.architectures
     config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if graph.task != "causal-lm":
+        return
     stored = Path(graph.source, "generation_config.json") if graph.source else None
     if stored and stored.is_file():
         generation = transformers.GenerationConfig.from_pretrained(graph.source)
     else:
         generation = transformers.GenerationConfig.from_model_config(config)
     generation.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
 
 
 def _manifest(graph: Graph, precision: str, checked: Replay | None) -> dict[str, Any]:

@@ -50,7 +50,10 @@ class Replayed:
 
 @dataclass(frozen=True)
 class Replay:
-    """What a replay found; `max_error` is over all batches, `bound` what it may be and `because` why."""
+    """What a replay found; `max_error` is over all batches, `bound` what it may be and `because` why.
+
+    `steps` is 0 for a model that is run once; its batches have no tokens, and the agreement is of what it predicts.
+    """
 
     max_error: float
     bound: float
@@ -71,7 +74,10 @@ class Replay:
             )
         if self.token_agreement < 1.0:
             raise CheckFailed(
-                f"ONNX Runtime generates other tokens: {self.token_agreement:.1%} agree", where, "nothing was written"
+                f"ONNX Runtime {'generates other tokens' if self.steps else 'predicts something else'}: "
+                f"{self.token_agreement:.1%} agree",
+                where,
+                "nothing was written",
             )
 
 

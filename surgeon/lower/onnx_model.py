@@ -16,10 +16,11 @@ from surgeon.lower.onnx_parts import META, SIZES, Part, Shapes, input_name, lowe
 from surgeon.module import read_tensor
 
 BATCH, NEW, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
+CHOICES, LONGER = "choices", "output_length"
 
 
 def build(graph: Graph, dtype: torch.dtype) -> ir.Model:
-    """The ONNX model of a causal language model, with or without K/V cache.
+    """The ONNX model of a graph: a causal language model with K/V cache, or a model that is run once.
 
     Args:
         graph: a graph with values, without adapters.
@@ -41,7 +42,7 @@ def build(graph: Graph, dtype: torch.dtype) -> ir.Model:
     joined = Joined(lambda name: _stored(graph, name, turned, dtype))
     inputs = [typed(name, kind, shape) for name, shape, kind in _interface(graph, dtype)]
     results = _join(graph, joined, trunk, runs, inputs, lambda path: _layer(graph, models, layers, path))
-    return finish(joined, inputs, results, _outputs(graph, trunk, runs[0]))
+    return finish(joined, inputs, results, _outputs(graph, trunk, runs))
 
 
 def _layer(graph: Graph, models: dict[int, ir.Model], layers: dict[int, Part], path: str) -> tuple[ir.Model, list[str]]:
@@ -121,10 +122,11 @@ def _interface(graph: Graph, dtype: torch.dtype) -> list[tuple[str, Shape, torch
         if node.op != "placeholder":
             continue
         name = input_name(node)
+        rows = (BATCH, CHOICES) if graph.task == "multiple-choice" else (BATCH,)
         if name in ("input_ids", "position_ids", "token_type_ids"):
-            found.append((name, (BATCH, NEW), torch.int64))
+            found.append((name, (*rows, NEW), torch.int64))
         elif name == "attention_mask":
-            found.append((name, (BATCH, TOTAL if cached else NEW), torch.int64))
+            found.append((name, (*rows, TOTAL if cached else NEW), torch.int64))
         elif name.startswith("past_key_values."):
             _, heads, _, size = val(node).shape
             found.append((name, (BATCH, int(heads), PAST, int(size)), dtype))
@@ -135,19 +137,28 @@ def _interface(graph: Graph, dtype: torch.dtype) -> list[tuple[str, Shape, torch
 
 def _sized(shape: Shape, sizes: dict[str, int]) -> list[int]:
     known = {BATCH: sizes["batch"], NEW: sizes["new"], PAST: sizes["past"], TOTAL: sizes["past"] + sizes["new"]}
+    known[CHOICES] = sizes["choices"]
     return [known[size] if isinstance(size, str) else size for size in shape]
 
 
-def _outputs(graph: Graph, trunk: Part, run: Shapes) -> list[ir.Value]:
+def _outputs(graph: Graph, trunk: Part, runs: tuple[Shapes, ...]) -> list[ir.Value]:
+    """Name, dtype and shape of every output: what differs between the runs has the name of the input's size."""
     found: list[ir.Value] = []
     for name, node in zip(graph.outputs, _results(trunk), strict=True):
-        value = run.env[node]
-        if name.startswith("present."):
-            shape: Shape = (BATCH, value.shape[1], TOTAL, value.shape[3])
-        else:
-            shape = (BATCH, NEW, value.shape[2])
-        found.append(typed(name, value.dtype, shape))
+        first, second = (run.env[node] for run in runs)
+        shape = [_size(a, b, name) for a, b in zip(first.shape, second.shape, strict=True)]
+        found.append(typed(name, first.dtype, shape))
     return found
+
+
+def _size(first: int, second: int, name: str) -> int | str:
+    if first == second:
+        return int(first)
+    long = TOTAL if name.startswith("present.") else NEW
+    for known in (BATCH, CHOICES, long):
+        if [first, second] == [_sized((known,), sizes)[0] for sizes in SIZES]:
+            return known
+    return LONGER
 
 
 def _described(graph: Graph, name: str, turned: set[str], dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:

@@ -25,7 +25,7 @@ from surgeon.lower.onnx_standard import linear, standardise
 
 aten = torch.ops.aten
 META = torch.device("meta")
-SIZES = ({"batch": 2, "new": 3, "past": 5}, {"batch": 3, "new": 7, "past": 11})
+SIZES = ({"batch": 2, "choices": 4, "new": 3, "past": 5}, {"batch": 3, "choices": 5, "new": 7, "past": 11})
 """Two sets of sizes without coincidences between sums and products; none is 0 or 1, which torch bakes in."""
 
 
