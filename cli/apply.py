@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from surgeon.cli import output
-from surgeon.cli.methods import LABELS, Methods, chosen, with_method_options
+from surgeon.cli.methods import CONTEXT, LABELS, Methods, chosen, with_method_options
 
 
 @with_method_options
@@ -18,6 +18,7 @@ def command(
     out: Annotated[Path, typer.Option("--out", "-o", help="The work folder to write.")] = Path("work"),
     task: Annotated[str, typer.Option(help="What the model is for; read off its config if not given.")] = "",
     labels: Annotated[str, typer.Option(help=LABELS)] = "",
+    context: Annotated[int, typer.Option(help=CONTEXT, metavar="TOKENS")] = 0,
     seed: Annotated[int, typer.Option(help="Of the first values of what is inserted, a new head among it.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace the work folder if it exists.")] = False,
     json: output.Json = False,
@@ -28,6 +29,7 @@ def command(
     Examples:
         surgeon apply model/ --method lora --rank 16 --targets all-linear
         surgeon apply model/ --method vera --method 'lora(rank=4, targets=lm_head)' -o work/
+        surgeon apply model/ --method longlora --context 32768
         surgeon apply model/ --task sequence-classification --labels neg,pos
     """
     steps = chosen(method, options)
@@ -36,7 +38,8 @@ def command(
     from surgeon.labels import parse_labels
     from surgeon.planning import plan
 
-    graph = api.read(model, task or None, labels=parse_labels(labels, task) if labels else (), seed=seed)
+    classes = parse_labels(labels, task) if labels else ()
+    graph = api.read(model, task or None, labels=classes, seed=seed, context=context)
     found = plan(graph, *steps)
     applied = run.apply(graph, *steps, seed=seed, tokenizer=api.tokenizer_of(graph.source))
     folder = store.save(applied, out, overwrite=overwrite, seed=seed)

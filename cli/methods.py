@@ -11,7 +11,8 @@ import typer
 
 from surgeon.errors import UsageError, nearest
 from surgeon.options import Option, methods, options_of, parse_spec
-from surgeon.passes.base import Adapter, Pass
+from surgeon.passes.base import Pass
+from surgeon.presets import passes_of
 
 Methods = Annotated[
     list[str],
@@ -25,16 +26,18 @@ Methods = Annotated[
 
 LABELS = "Classes of a new head: neg,pos, how many (1: a regression), or a data file. Default: the training data's."
 """The help of the option for the classes of a classifier."""
+CONTEXT = "Length to scale the positions of the base to, for example 32768; its own if not given."
+"""The help of the option for a longer context."""
 PANEL = "Options of the methods (each holds for every --method that has it)"
 
 
-def adapters() -> dict[str, type[Pass]]:
-    """The methods that can be applied, trained and merged."""
-    return {name: method for name, method in methods().items() if issubclass(method, Adapter)}
+def offered() -> dict[str, type[Pass]]:
+    """The methods that users apply by name."""
+    return {name: method for name, method in methods().items() if method.offered}
 
 
 def with_method_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command that takes `**options` a flag for each option of each adapter; a flag not given is left out."""
+    """Give a command that takes `**options` a flag for each option of each method; a flag not given is left out."""
     signature = inspect.signature(command, eval_str=True)
     own = [parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD]
     made = [_parameter(name, found) for name, found in _by_name().items()]
@@ -49,25 +52,38 @@ def with_method_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def chosen(specs: list[str], flags: Mapping[str, Any]) -> list[Pass]:
-    """The passes of a command line: what a method's own parentheses say comes before the flags.
+    """The passes of a command line: a method's own parentheses come before the flags, and those before a preset.
 
     Raises:
         UsageError: a method or option is unknown, or no chosen method has an option that was given.
     """
-    parsed = [parse_spec(spec) for spec in specs]
-    known = adapters()
-    for name, _ in parsed:
+    known, parsed = (
+        offered(),
+        [
+            (name, fixed, values)
+            for method, values in map(parse_spec, specs)
+            for name, fixed in passes_of(method).items()
+        ],
+    )
+    for name, _, _ in parsed:
         if name not in known:
-            raise UsageError(f"{name} is not an adapter", "--method", f"nearest: {nearest(name, known)}")
-    options = {name: {option.name: option for option in options_of(known[name])} for name, _ in parsed}
+            raise UsageError(f"{name} is not applied by its name", "--method", f"nearest: {nearest(name, known)}")
+    options = {name: {option.name: option for option in options_of(known[name])} for name, _, _ in parsed}
     for flag in flags:
         if not any(flag in own for own in options.values()):
             every = [option.flag for own in options.values() for option in own.values()]
-            names = " and ".join(dict.fromkeys(name for name, _ in parsed))
+            names = " and ".join(dict.fromkeys(name for name, _, _ in parsed))
             raise UsageError(
                 f"{names}: no option --{flag.replace('_', '-')}", "--method", f"nearest: {_near(flag, every)}"
             )
-    return [known[name].make(_values(options[name], flags) | values) for name, values in parsed]
+    return [
+        known[name].make({**fixed, **_values(options[name], flags), **_own(values, options[name])})
+        for name, fixed, values in parsed
+    ]
+
+
+def _own(values: Mapping[str, Any], options: Mapping[str, Option]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name in options}
 
 
 def _near(flag: str, every: list[str]) -> str:
@@ -85,7 +101,7 @@ def _values(options: Mapping[str, Option], flags: Mapping[str, Any]) -> dict[str
 def _by_name() -> dict[str, dict[str, Option]]:
     """Option name → the methods that have it."""
     found: dict[str, dict[str, Option]] = {}
-    for name, method in adapters().items():
+    for name, method in offered().items():
         for option in options_of(method):
             found.setdefault(option.name, {})[name] = option
     return found
@@ -105,7 +121,7 @@ def _help(found: Mapping[str, Option]) -> str:
     """The help, and the defaults: one if the methods agree, else by method; who has the option if not all do."""
     helps = dict.fromkeys(option.help for option in found.values())
     defaults = {name: _shown(option.default) for name, option in found.items()}
-    everywhere, same = len(found) == len(adapters()), len(set(defaults.values())) == 1
+    everywhere, same = len(found) == len(offered()), len(set(defaults.values())) == 1
     if same and everywhere:
         note = next(iter(defaults.values()))
     else:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgeon.cli import output
-from surgeon.cli.methods import LABELS, Methods, chosen, with_method_options
+from surgeon.cli.methods import CONTEXT, LABELS, Methods, chosen, with_method_options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -26,6 +26,7 @@ def command(
     method: Methods = ["lora"],  # noqa: B006  typer copies it
     task: Annotated[str, typer.Option(help="What the model is for; read off its config if not given.")] = "",
     labels: Annotated[str, typer.Option(help=LABELS)] = "",
+    context: Annotated[int, typer.Option(help=CONTEXT, metavar="TOKENS")] = 0,
     json: output.Json = False,
     **options: Any,
 ) -> None:
@@ -38,15 +39,16 @@ def command(
     steps = chosen(method, options)
     from surgeon.planning import plan
 
-    found = plan(_source(model, task, labels) if labels else model, *steps, task=task or None)
+    found = plan(_source(model, task, labels, context), *steps, task=task or None)
     output.emit(output.plain(found), json, view(found))
 
 
-def _source(model: str, task: str, labels: str) -> Source:
+def _source(model: str, task: str, labels: str, context: int) -> Source:
     from surgeon.labels import parse_labels
     from surgeon.source import open_source
 
-    return open_source(model, task or None, weights=False, labels=parse_labels(labels, task))
+    classes = parse_labels(labels, task) if labels else ()
+    return open_source(model, task or None, weights=False, labels=classes, context=context)
 
 
 def view(plan: Plan) -> RenderableType:

@@ -17,6 +17,7 @@ PASSES = {
     "prompt": "surgeon.passes.prompt:Prompt",
     "prefix": "surgeon.passes.prefix:Prefix",
     "ptuning_v2": "surgeon.passes.ptuning_v2:PTuningV2",
+    "shifted_sparse_attention": "surgeon.passes.shifted_sparse_attention:ShiftedSparseAttention",
     "kv_cache": "surgeon.passes.kv_cache:KvCache",
 }
 # PEFT's name of a method → ours.

@@ -65,6 +65,7 @@ class Pass:
         keeps: what holds when it is inserted: "exact" (same bits), "close" (same up to rounding) or "changes".
         stacks: whether it may be applied to a graph that already has it.
         kinds: kinds of site it works on.
+        offered: whether users apply it by its name; the others are surgeon's own.
         learning_rate: AdamW's, where the user names none.
     """
 
@@ -72,6 +73,7 @@ class Pass:
     keeps: ClassVar[str] = "exact"
     stacks: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ()
+    offered: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 2e-4
 
     def fitted(self, graph: Graph) -> Pass:
@@ -183,6 +185,7 @@ class Adapter(Pass):
             weight below it: applied over another adapter it is refused.
     """
 
+    offered: ClassVar[bool] = True
     peft_type: ClassVar[str] = ""
     peft_bias: ClassVar[str] = ""
     peft_prompt: ClassVar[bool] = False
@@ -200,7 +203,10 @@ class Adapter(Pass):
 
     def fitted(self, graph: Graph) -> Adapter:
         """A head that the checkpoint has no values for trains with whatever adapter comes first."""
-        return self.saving(graph, graph.fresh)
+        from surgeon import replaced
+
+        step = dataclasses.replace(self, modules_to_save=replaced.spelled(graph, self.modules_to_save))
+        return step.saving(graph, graph.fresh)
 
     def saving(self, graph: Graph, modules: Sequence[str]) -> Adapter:
         """The adapter with these modules among `modules_to_save`, but for those that train already."""
@@ -214,21 +220,27 @@ class Adapter(Pass):
         """Why this site cannot be adapted, or ""."""
         return ""
 
+    def unfit_in(self, graph: Graph, site: Site) -> str:
+        """As `unfit`, for what takes the graph to know."""
+        return self.unfit(site)
+
     def match(self, graph: Graph) -> list[Site | Skip]:
         """The targeted sites; raises UsageError for a pattern that matches nothing."""
         from surgeon.replaced import inside
-        from surgeon.select import ALL_LINEAR, check_words, matches, words
+        from surgeon.select import ALL_LINEAR, ATTENTION_LINEAR, check_words, matches, words
         from surgeon.sites import sites
 
         candidates = [site for site in sites(graph, *self.kinds) if not inside(self.modules_to_save, site.path)]
         check_words(self.targets, [site.path for site in candidates])
-        linears, head = ALL_LINEAR in words(self.targets), head_paths(graph)
+        reserved, head = words(self.targets), head_paths(graph)
+        inside_of = tuple(f"{site.path}." for site in sites(graph, ATTENTION)) if ATTENTION_LINEAR in reserved else ()
         chosen: list[Site | Skip] = []
         for site in candidates:
-            everything = linears and site.kind in ALL_LINEAR_KINDS and site.path not in head
-            if not (everything or matches(self.targets, site.path)) or matches(self.exclude, site.path):
+            linear = site.kind in ALL_LINEAR_KINDS and site.path not in head
+            named = linear and (ALL_LINEAR in reserved or site.path.startswith(inside_of))
+            if not (named or matches(self.targets, site.path)) or matches(self.exclude, site.path):
                 continue
-            why = self.unfit(site)
+            why = self.unfit_in(graph, site)
             chosen.append(Skip(site.path, why) if why else site)
         if not any(not isinstance(item, Skip) for item in chosen):
             reasons = "; ".join(f"{item.path}: {item.why}" for item in chosen[:3] if isinstance(item, Skip))
@@ -288,6 +300,14 @@ class Adapter(Pass):
     def peft_keys(self, site: Site) -> dict[str, str]:
         """Names given to `edit.param` and `edit.shared` → keys in PEFT's file, without their prefix `base_model.`."""
         return {}
+
+    def packed(self, name: str, tensor: torch.Tensor, site: Site) -> torch.Tensor:
+        """A tensor of `edit.param`, by its name there, as PEFT's file lays it out; asked of the pass at a site."""
+        return tensor
+
+    def unpacked(self, name: str, tensor: torch.Tensor, site: Site) -> torch.Tensor:
+        """The other way."""
+        return tensor
 
     def peft_unfit(self, task: str) -> str:
         """Why PEFT has no place for what these options do in a model for a task, or "": then our own form is used."""

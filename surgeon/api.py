@@ -20,8 +20,8 @@ from surgeon.lower.bake import bake as bake_folder
 from surgeon.lower.merge import Merged
 from surgeon.lower.merge import merge as merge_folder
 from surgeon.model import SurgeonModel, load_model
-from surgeon.passes import make
 from surgeon.passes.base import Pass
+from surgeon.presets import steps_of
 from surgeon.ranks import at_rank
 from surgeon.remote_code import code_refused, is_trusted
 from surgeon.source import Source, open_graph, open_source
@@ -33,14 +33,14 @@ def plan(base: str | Path, method: str | Pass = "lora", *, task: str | None = No
 
     Args:
         base: folder or hub id.
-        method: name of a pass, or a pass.
+        method: name of a pass or preset, or a pass.
         task: see `surgeon.tasks`.
         options: of the method.
     """
     from surgeon import planning
 
     graph = open_graph(open_source(base, task, weights=False), values=False)
-    return planning.plan(graph, _step(method, options))
+    return planning.plan(graph, *_steps(method, options))
 
 
 def apply(
@@ -51,24 +51,26 @@ def apply(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     labels: Sequence[str] = (),
+    context: int = 0,
     **options: Any,
 ) -> SurgeonModel:
     """A base with a method applied, ready to train. Applying to a model stacks.
 
     Args:
         base: folder, hub id, work folder, or a model from `load` or `apply`.
-        method: name of a pass, or a pass.
+        method: name of a pass or preset, or a pass.
         task: see `surgeon.tasks`.
         seed: of the first values of what is inserted.
         dtype: the dtype of the model; None keeps the checkpoint's.
         labels: names of the classes of a classifier, for a new head; one name makes a regression.
+        context: length in tokens to scale the base's positions to; 0 keeps its own.
         options: of the method.
     """
     if isinstance(base, SurgeonModel):
         graph, tokenizer = base.trained(), base.tokenizer
     else:
-        graph, tokenizer = read(base, task, labels=labels, seed=seed), tokenizer_of(base)
-    applied = run.apply(graph, _step(method, options), seed=seed, tokenizer=tokenizer)
+        graph, tokenizer = read(base, task, labels=labels, seed=seed, context=context), tokenizer_of(base)
+    applied = run.apply(graph, *_steps(method, options), seed=seed, tokenizer=tokenizer)
     model = load_model(applied, dtype=dtype)
     model.tokenizer = tokenizer
     return model
@@ -106,25 +108,31 @@ def read(
     *,
     labels: Sequence[str] = (),
     seed: int = 0,
+    context: int = 0,
     rank: int | None = None,
 ) -> Graph:
     """The graph of a work folder, a PEFT adapter folder or a plain checkpoint, with values.
 
-    `labels` and `seed` are for plain checkpoints: the classes and the first values of a new head. `rank` is that of
-    adapters that have every rank.
+    `labels`, `seed` and `context` are for plain checkpoints: the classes and the first values of a new head, and the
+    length to scale positions to. `rank` is that of adapters that have every rank.
     """
-    graph = _opened(folder, task, base, labels, seed)
+    adapted = store.is_work_folder(folder) or store.is_adapter_folder(folder) or store.has_rest(folder)
+    if adapted and context:
+        what = "the context is chosen when the first method is applied"
+        raise UsageError(what, str(folder), "leave --context out, or apply to the base itself")
+    if adapted:
+        graph = _opened(folder, base)
+    else:
+        graph = open_graph(open_source(folder, task, labels=labels, context=context), seed=seed)
     return graph if rank is None else at_rank(graph, rank)
 
 
-def _opened(folder: str | Path, task: str | None, base: str | Path | None, labels: Sequence[str], seed: int) -> Graph:
+def _opened(folder: str | Path, base: str | Path | None) -> Graph:
     if store.is_work_folder(folder):
         return store.load(folder, base)
     if store.is_adapter_folder(folder):
         return store.load_adapter(folder, base)
-    if store.has_rest(folder):
-        return store.load(Path(folder, store.REST), folder)
-    return open_graph(open_source(folder, task, labels=labels), seed=seed)
+    return store.load(Path(folder, store.REST), folder)
 
 
 def merge(
@@ -219,7 +227,7 @@ def stored_dtype_of(graph: Graph) -> torch.dtype:
 
 def base_of(graph: Graph) -> Source:
     """The base a graph was read from."""
-    return open_source(graph.source, graph.task, labels=graph.labels)
+    return open_source(graph.source, graph.task, labels=graph.labels, context=graph.context)
 
 
 def tokenizer_of(folder: str | Path) -> Any:
@@ -230,7 +238,7 @@ def tokenizer_of(folder: str | Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=is_trusted())
 
 
-def _step(method: str | Pass, options: dict[str, Any]) -> Pass:
+def _steps(method: str | Pass, options: dict[str, Any]) -> list[Pass]:
     if isinstance(method, Pass):
-        return dataclasses.replace(method, **options) if options else method
-    return make(method, **options)
+        return [dataclasses.replace(method, **options) if options else method]
+    return steps_of(method, options)

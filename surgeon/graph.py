@@ -86,6 +86,7 @@ class Graph:
         notes: what capture found worth telling: attentions that are no node, noise that was switched off.
         source: folder the model was read from.
         labels: names of the classes, where they were chosen and are not the config's own.
+        context: length in tokens that positions were scaled to, 0 for the config's own.
         fresh: modules whose values are new, because the checkpoint has none: the head of another task.
     """
 
@@ -102,6 +103,7 @@ class Graph:
     source: str = ""
     inserted: dict[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
+    context: int = 0
     fresh: tuple[str, ...] = ()
 
     @property

@@ -96,7 +96,7 @@ def relabelled(graph: Graph, labels: tuple[str, ...], seed: int = 0) -> Graph:
     from surgeon import run
     from surgeon.source import open_graph, open_source
 
-    source = open_source(graph.source, graph.task, labels=labels)
+    source = open_source(graph.source, graph.task, labels=labels, context=graph.context)
     result = run.apply(open_graph(source, seed=seed), *graph.applied, seed=seed)
     same_size = len(labels) == graph.config.num_labels
     heads = tuple(f"{path}." for path in head_modules(graph))

@@ -50,6 +50,7 @@ class Manifest:
         versions: of surgeon, torch and transformers, when it was saved.
         probes: `{"prompt": ids, "tokens": greedy continuation}` each.
         labels: names of the classes, where they were chosen for the head of a classifier.
+        context: length in tokens the base's positions were scaled to, 0 for its own.
     """
 
     schema: int
@@ -61,6 +62,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     probes: tuple[Mapping[str, Any], ...] = ()
     labels: tuple[str, ...] = ()
+    context: int = 0
 
     def write(self, folder: Path) -> None:
         """Write it into a work folder."""

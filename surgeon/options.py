@@ -16,6 +16,7 @@ from typing import Any
 from surgeon.errors import UsageError, nearest
 from surgeon.passes import PASSES, find
 from surgeon.passes.base import Pass
+from surgeon.presets import passes_of
 from surgeon.select import words
 
 _ENTRY = re.compile(r"( {4})?(\w+): (.*)")
@@ -128,6 +129,8 @@ def _option(field: dataclasses.Field[Any], text: str) -> Option:
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     """The name and options of `name` or `name(option=value, …)`, as `Pass.spec` writes it; quotes may be left out.
 
+    The name of a preset stands for all its passes: its options are theirs.
+
     Raises:
         UsageError: the name or an option is unknown, a value has the wrong type, or the string is not of that form.
     """
@@ -135,7 +138,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     if match is None:
         raise UsageError(f"'{spec}' is not a method", "--method", "for example lora, or 'lora(rank=8, targets=q_proj)'")
     name, inside = match.group(1).replace("-", "_"), match.group(2) or ""
-    known = {option.name: option for option in options_of(find(name))}
+    known = {option.name: option for step in passes_of(name) for option in options_of(find(step))}
     values: dict[str, Any] = {}
     for part in _arguments(inside):
         key, equals, text = part.partition("=")

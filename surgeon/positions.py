@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import fx
 
-from surgeon import lengths, numbering
+from surgeon import context, lengths, numbering
 from surgeon.edit import Edit
 from surgeon.errors import UsageError
 from surgeon.graph import Graph, copied
@@ -51,9 +50,7 @@ def limit(graph: Graph) -> int:
     rooms = [room for _, room in _tables(graph)]
     if rooms:
         return min(rooms) - numbering.first(graph)
-    config: Any = graph.config.get_text_config(decoder=True)
-    found = getattr(config, "max_position_embeddings", None)
-    return found if isinstance(found, int) else 0
+    return context.limit(graph.config)
 
 
 def check(graph: Graph, tokens: int, given: torch.Tensor | None) -> None:

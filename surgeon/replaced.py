@@ -14,7 +14,8 @@ import torch
 
 from surgeon.errors import UsageError
 from surgeon.graph import Graph
-from surgeon.select import check_words, matches
+from surgeon.select import ALL_EMBEDDINGS, ALL_NORMS, check_words, matches, words
+from surgeon.sites import EMBEDDING, sites
 
 if TYPE_CHECKING:
     from surgeon.passes.base import Adapter
@@ -64,6 +65,40 @@ def modules(graph: Graph, pattern: str) -> list[str]:
     check_words(pattern, paths)
     found = [path for path in paths if matches(pattern, path)]
     return [path for path in found if not any(path.startswith(f"{outer}.") for outer in found)]
+
+
+def spelled(graph: Graph, pattern: str) -> str:
+    """A pattern of modules with `all-embeddings` and `all-norms` written out as the modules of this graph.
+
+    Embeddings are the tables that are looked up; norms are the modules that hold nothing but vectors.
+    """
+    chosen = words(pattern)
+    if ALL_EMBEDDINGS not in chosen and ALL_NORMS not in chosen:
+        return pattern
+    found: list[str] = []
+    for word in chosen:
+        if word == ALL_EMBEDDINGS:
+            found += _short(graph, [site.weight.removesuffix(".weight") for site in sites(graph, EMBEDDING)])
+        else:
+            found += _short(graph, _norms(graph)) if word == ALL_NORMS else [word]
+    return ",".join(dict.fromkeys(found))
+
+
+def _norms(graph: Graph) -> list[str]:
+    own: dict[str, list[str]] = {}
+    for name, spec in graph.tensors.items():
+        if not spec.owner and spec.parameter:
+            module, _, leaf = name.rpartition(".")
+            own.setdefault(module, []).append(leaf if len(spec.shape) == 1 else "")
+    outer = {path.rpartition(".")[0] for path in module_paths(graph)}
+    return [path for path, leaves in own.items() if {"weight"} <= {*leaves} <= {"weight", "bias"} and path not in outer]
+
+
+def _short(graph: Graph, paths: list[str]) -> list[str]:
+    """Last names that name exactly these modules, else the paths."""
+    leaves = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+    named = {path for path in module_paths(graph) if path.rpartition(".")[2] in leaves}
+    return leaves if named == set(paths) else list(dict.fromkeys(paths))
 
 
 def inside(pattern: str, path: str) -> bool:

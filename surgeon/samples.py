@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from surgeon.context import limit
 from surgeon.data import Collator, Row, load_rows
 from surgeon.examples import ExampleCollator, Examples
 from surgeon.heads import HEADED
@@ -45,9 +46,8 @@ def samples_for(
 
 def longest(model: Any, tokenizer: Any) -> int | None:
     """The most tokens of a sample: the model's positions, less those of virtual tokens before it; None for no limit."""
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    known = [positions] if isinstance(positions, int) and positions > 0 else []
+    positions = limit(model.config)
+    known = [positions] if positions else []
     # RoBERTa's table of positions is longer than the texts it can read; its tokenizer knows.
     own = getattr(tokenizer, "model_max_length", None)
     if task_of(model) in HEADED and isinstance(own, int) and own < _UNLIMITED:

@@ -1,8 +1,9 @@
 """Target patterns: which sites a pass works on.
 
 A pattern is one or more words separated by commas or spaces (braces group): `*.{q,v}_proj`, `model.layers.[0-3].*`,
-`q_proj v_proj`, `all-linear`. A word without a dot or wildcard matches a module of that name anywhere, as in PEFT's
-lists; `re:` before a word makes it a regular expression over the whole path, as in PEFT's strings.
+`q_proj v_proj`, `all-linear` (every linear but the head), `attention-linear` (those inside attentions). A word without a
+dot or wildcard matches a module of that name anywhere, as in PEFT's lists; `re:` before a word makes it a regular
+expression over the whole path, as in PEFT's strings.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import TypeVar
 
 from surgeon.errors import UsageError, nearest
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, ATTENTION_LINEAR = "all-linear", "attention-linear"
+ALL_EMBEDDINGS, ALL_NORMS = "all-embeddings", "all-norms"
 T = TypeVar("T")
 
 
@@ -74,11 +76,19 @@ def grouped(values: Mapping[str, T]) -> tuple[tuple[str, T], ...]:
     return tuple(pairs)
 
 
+def by_pattern(values: Mapping[str, T]) -> tuple[tuple[str, T], ...]:
+    """As `grouped`, and sure to give every path its value."""
+    pairs = grouped(values)
+    if all(next(v for pattern, v in pairs if matches(pattern, path)) == value for path, value in values.items()):
+        return pairs
+    return tuple((f"re:{re.escape(path)}", value) for path, value in values.items())
+
+
 def check_words(pattern: str, paths: Iterable[str]) -> None:
     """Raise UsageError for a word that matches none of the paths, naming the nearest one."""
     known = list(paths)
     for word in words(pattern):
-        if word != ALL_LINEAR and not any(_matcher(word).fullmatch(path) for path in known):
+        if word not in (ALL_LINEAR, ATTENTION_LINEAR) and not any(_matcher(word).fullmatch(path) for path in known):
             raise UsageError(f"no module matches '{word}'", "--targets", _suggestion(word, known))
 
 

@@ -13,6 +13,7 @@ import transformers
 from surgeon.buffers import materialise_buffers
 from surgeon.capture import capture_config
 from surgeon.checkpoint import Checkpoint
+from surgeon.context import extend
 from surgeon.errors import UsageError
 from surgeon.graph import Graph
 from surgeon.heads import fresh_modules
@@ -34,6 +35,7 @@ class Source:
         config: its Hugging Face config.
         task: what it is captured for.
         labels: names of the classes, where they were chosen; they are in the config too.
+        context: length in tokens the config was made to reach, 0 for its own.
     """
 
     folder: Path
@@ -41,6 +43,7 @@ class Source:
     config: transformers.PretrainedConfig
     task: Task
     labels: tuple[str, ...] = ()
+    context: int = 0
 
     @property
     def name(self) -> str:
@@ -86,8 +89,11 @@ def open_source(
     *,
     weights: bool = True,
     labels: Sequence[str] = (),
+    context: int = 0,
 ) -> Source:
-    """Open a base model; with `weights=False` its config is enough. `labels` names the classes of a classifier.
+    """Open a base model; with `weights=False` its config is enough.
+
+    `labels` names the classes of a classifier; `context` is the length to scale positions to (see `surgeon.context`).
 
     Raises:
         UsageError: the folder lacks files, or they are damaged (see `surgeon.checkpoint`), or the model needs code of
@@ -107,7 +113,9 @@ def open_source(
         ) from error
     found = find_task(task, config.architectures, str(folder))
     _set_labels(config, found, tuple(labels))
-    return Source(folder, checkpoint, config, found, tuple(labels))
+    if context:
+        extend(config, context)
+    return Source(folder, checkpoint, config, found, tuple(labels), context)
 
 
 def _set_labels(config: transformers.PretrainedConfig, task: Task, labels: tuple[str, ...]) -> None:
@@ -147,6 +155,7 @@ def open_graph(source: Source, *, values: bool = True, seed: int = 0) -> Graph:
         loaded = Values(weights, buffers)
     graph = capture_config(config, source.task)
     graph = dataclasses.replace(graph, values=loaded, source=str(source.folder), labels=source.labels)
+    graph = dataclasses.replace(graph, context=source.context)
     return dataclasses.replace(graph, fresh=fresh_modules(graph, source))
 
 

@@ -85,7 +85,7 @@ def save(
     written = text.render(graph)
     record = Manifest(
         manifest.SCHEMA, described, graph.task, tuple(steps), text.digest(graph), seed, manifest.versions(),
-        tuple(probes), graph.labels,
+        tuple(probes), graph.labels, graph.context,
     )  # fmt: skip
     with atomic_folder(folder, overwrite=overwrite) as new:
         if old is not None:
@@ -113,7 +113,8 @@ def load(folder: str | Path, base: str | Path | None = None) -> Graph:
     folder = Path(folder)
     record = manifest.read_manifest(folder)
     place = manifest.find_base(record, folder, base)
-    graph = open_graph(open_source(place, record.task, labels=record.labels), seed=record.seed)
+    source = open_source(place, record.task, labels=record.labels, context=record.context)
+    graph = open_graph(source, seed=record.seed)
     steps = [_pass(step, folder) for step in record.passes]
     graph = run.apply(graph, *steps, seed=record.seed)
     _check_same(graph, record, folder)

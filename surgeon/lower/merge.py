@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from surgeon import context
 from surgeon.errors import UnsupportedError
 from surgeon.fold import Fold, by_bias, by_weight, fold, folds, normals, stacked, untied, value_of
 from surgeon.graph import Graph
@@ -85,7 +86,8 @@ def merge(
     fresh = added(graph)
     extra.update(fresh)
     apart = bool(broken) or any(name in _weights(graph).tied for name in fresh)
-    update = head_config(graph) | ({"tie_word_embeddings": False} if apart else {})
+    scaled = context.update(graph.config, source.checkpoint.config) if graph.context else {}
+    update = head_config(graph) | scaled | ({"tie_word_embeddings": False} if apart else {})
     finish = _Finish(graph, source, Path(out), left, verify, dtype, tokenizer)
     written = write_merged(
         source.checkpoint,
