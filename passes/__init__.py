@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 from surgeon.errors import UnsupportedError, UsageError, nearest
@@ -11,6 +12,7 @@ from surgeon.passes.base import Pass
 
 PASSES = {
     "lora": "surgeon.passes.lora:Lora",
+    "dora": "surgeon.passes.dora:Dora",
     "dylora": "surgeon.passes.dylora:DyLora",
     "adalora": "surgeon.passes.adalora:AdaLora",
     "vera": "surgeon.passes.vera:Vera",
@@ -29,6 +31,8 @@ PEFT_TYPES = {
     "PROMPT_TUNING": "prompt",
     "P_TUNING": "prompt",
 }
+# A field of PEFT's config that makes another method of one of these.
+PEFT_SWITCHES = {("LORA", "use_dora"): "dora"}
 
 
 def find(name: str) -> type[Pass]:
@@ -69,12 +73,16 @@ def parse(text: str) -> Pass:
     raise UsageError(f"cannot read the method '{text}'", "", "write it as lora or lora(rank=4, targets='*.q_proj')")
 
 
-def find_peft(peft_type: str) -> type[Pass]:
-    """The pass that reads PEFT adapters of this type.
+def find_peft(config: Mapping[str, Any]) -> type[Pass]:
+    """The pass that reads the PEFT adapters of a config.
 
     Raises:
         UnsupportedError: there is none.
     """
+    peft_type = str(config.get("peft_type", ""))
+    for (kind, switch), name in PEFT_SWITCHES.items():
+        if kind == peft_type and config.get(switch):
+            return find(name)
     if peft_type not in PEFT_TYPES:
         raise UnsupportedError(
             f"PEFT's method {peft_type or '(none)'} cannot be read", "peft_type in adapter_config.json",

@@ -32,7 +32,7 @@ def with_casts(graph: fx.Graph) -> fx.Graph:
             continue
         for source in node.all_input_nodes:
             inserted = _is_inserted(source, owners) and source not in lowered
-            if _is_float(source) and not inserted and source.op != "get_attr":
+            if _is_float(source) and not inserted:
                 node.replace_input_with(source, _raised(mixed, source, raised))
         if (mark.output or mark.input) and _is_float(node):
             lowered.add(_lowered(mixed, node))

@@ -26,7 +26,8 @@ _KNOWN = (
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type",
     "target_modules", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save", "bias", "r",
     "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "init_lora_weights",
-    "eva_config", "loftq_config", "runtime_config", "megatron_core", "vera_dropout", "d_initial", "init_weights",
+    "use_dora", "eva_config", "loftq_config", "runtime_config", "megatron_core", "vera_dropout", "d_initial",
+    "init_weights",
     "projection_prng_key", "save_projection", "num_virtual_tokens", "token_dim", "num_transformer_submodules",
     "num_attention_heads", "num_layers", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
     "tokenizer_kwargs", "prefix_projection", "encoder_reparameterization_type", "encoder_hidden_size",
@@ -48,7 +49,7 @@ def load_adapter(folder: str | Path, base: str | Path | None = None, task: str |
     """
     folder = Path(folder)
     config, tensors = read_config(folder), read_tensors(folder / WEIGHTS)
-    method = find_peft(str(config.get("peft_type", "")))
+    method = find_peft(config)
     _check_fields(config, folder)
     where = base or config.get("base_model_name_or_path")
     if not where:

@@ -39,7 +39,6 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 UNSUPPORTED: dict[str, dict[str, Any]] = {
-    "use_dora": {"use_dora": True},
     "lora_bias": {"lora_bias": True},
     "use_qalora": {"use_qalora": True},
     "target_parameters": {"target_parameters": ["experts.gate_up_proj"]},

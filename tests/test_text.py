@@ -14,6 +14,7 @@ from surgeon.capture import capture_config
 from surgeon.chains import chains, span
 from surgeon.graph import Graph
 from surgeon.passes.base import Pass
+from surgeon.passes.dora import Dora
 from surgeon.passes.lora import Lora
 from surgeon.passes.prefix import Prefix
 from surgeon.passes.vera import Vera
@@ -36,7 +37,9 @@ def test_golden_llama() -> None:
     assert_golden("llama.txt", text.render(llama()))
 
 
-@pytest.mark.parametrize("step", [Lora(rank=2), Vera(rank=2), Prefix(tokens=2)], ids=lambda step: step.name)
+@pytest.mark.parametrize(
+    "step", [Lora(rank=2), Dora(rank=2), Vera(rank=2), Prefix(tokens=2)], ids=lambda step: step.name
+)
 def test_golden_diff(step: Pass) -> None:
     assert_golden(f"llama_{step.name}.diff", text.diff(llama(), run.apply(llama(), step), 0))
 

@@ -72,9 +72,13 @@ def fingerprint(graph: Graph) -> Any:
 @everywhere
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_keeps_what_it_promises(name: str, family: str, dtype: torch.dtype) -> None:
-    step = small(name)
+    step, base, graph = small(name), graph_of(family), applied(name, family)
+    if dtype != torch.float32:  # a base that is stored in this dtype, and not rounded after the first values were made
+        stored = {n: base.values[n].to(dtype) for n, spec in base.tensors.items() if spec.parameter}
+        base = dataclasses.replace(base, values={**base.values, **stored})
+        graph = run.apply(base, step)
     for shape in SHAPES:
-        before, after = (outputs_of(graph, shape, dtype) for graph in (graph_of(family), applied(name, family)))
+        before, after = (outputs_of(one, shape, dtype) for one in (base, graph))
         if step.keeps == "exact":
             assert torch.equal(before, after)
         elif step.keeps == "close":
@@ -124,7 +128,8 @@ def test_the_graph_it_is_given_stays(name: str, family: str) -> None:
     before = fingerprint(base)
     once = run.apply(base, small(name))
     middle = fingerprint(once)
-    run.apply(once, small(name))
+    if find(name).stacks:
+        run.apply(once, small(name))
     fold.fold(once)
     assert fingerprint(base) == before
     assert fingerprint(once) == middle
@@ -236,8 +241,9 @@ def test_a_layer_that_is_targeted_alone_is_split_off(name: str) -> None:
     assert close(outputs_of(fold.fold(trained)), outputs_of(trained))
     assert fold.fold(trained).text() == base.text()
     assert fold.fold(trained).layers == base.layers
-    again = run.apply(graph, small(name))
-    assert len(again.groups()) == 3
+    if find(name).stacks:
+        again = run.apply(graph, small(name))
+        assert len(again.groups()) == 3
 
 
 @pytest.mark.parametrize("name", [n for n in ADAPTERS if hasattr(step := find(n)(), "ranks") and not step.any_rank])
