@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from surgeon.errors import UnsupportedError, UsageError
 from surgeon.passes.base import CONV, CONV1D, EMBEDDING, EXPERTS, LINEAR, Adapter, Cost
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
     from surgeon.bypass import Bypass
     from surgeon.edit import Edit
+    from surgeon.graph import Graph
     from surgeon.normal import Base, Normal
     from surgeon.sites import Site
 
+T = TypeVar("T")
 # Initialisations that leave the base as it is; the others save an adapter to a base they moved.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -41,6 +43,9 @@ class Lora(Adapter):
         alphas: likewise for `alpha`.
         lr_ratio: the learning rate of b over that of a, as in LoRA+ (Hayou et al. 2024), which has 16; 1 for one rate.
         lr_embedding: the learning rate of a and b at embeddings, where `lr_ratio` is not 1.
+        parts: of fused projections, those to adapt, `q,v` for example: each with a bypass of `rank` of its own, the
+            others with none, as in the paper's code (MergedLinear). Empty: one bypass for all outputs.
+        layouts: (pattern, layout) pairs, what `parts` found: which outputs are queries, keys and values.
     """
 
     name: ClassVar[str] = "lora"
@@ -56,6 +61,8 @@ class Lora(Adapter):
     alphas: tuple[tuple[str, float], ...] = ()
     lr_ratio: float = 1.0
     lr_embedding: float = 1e-6
+    parts: str = ""
+    layouts: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,6 +71,14 @@ class Lora(Adapter):
                 raise UsageError(f"{self.name}: rank is {rank}", "--rank", f"a rank of at least {least}, for example 8")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"{self.name}: dropout is {self.dropout}", "--dropout", "a probability below 1, e.g. 0.05")
+        for word in self.wanted:
+            if word not in ("q", "k", "v"):
+                raise UsageError(f"{self.name}: '{word}' is no part of a projection", "--parts", "q, k or v, e.g. q,v")
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The words of `parts`."""
+        return tuple(filter(None, self.parts.replace(" ", ",").split(",")))
         for name in ("lr_ratio", "lr_embedding"):
             if not 0 < getattr(self, name) < math.inf:
                 what, flag = f"{self.name}: {name} is {getattr(self, name)}", f"--{name.replace('_', '-')}"
@@ -76,9 +91,11 @@ class Lora(Adapter):
 
     def at(self, site: Site) -> Lora:
         """With the rank and alpha of this site, and no patterns left."""
-        return dataclasses.replace(
-            self, rank=self.rank_at(site.path), alpha=self.alpha_at(site.path), ranks=(), alphas=()
-        )
+        from surgeon.select import matches
+
+        layouts = tuple(("*", layout) for pattern, layout in self.layouts if matches(pattern, site.path))[:1]
+        rank, alpha = self.rank_at(site.path), self.alpha_at(site.path)
+        return dataclasses.replace(self, rank=rank, alpha=alpha, ranks=(), alphas=(), layouts=layouts)
 
     def rank_at(self, path: str) -> int:
         """The rank of the first pattern that matches, else `rank`."""
@@ -91,6 +108,32 @@ class Lora(Adapter):
         from surgeon.select import matches
 
         return next((alpha for pattern, alpha in self.alphas if matches(pattern, path)), self.alpha)
+
+    def unfit_in(self, graph: Graph, site: Site) -> str:
+        """As `unfit`, at the parts asked for."""
+        if not self.wanted or self.layouts:
+            return self.unfit(site)
+        from surgeon.parts import layout_of
+
+        if site.kind not in (LINEAR, CONV1D):
+            return "it is no linear, and has no parts"
+        try:
+            layout = layout_of(graph, site)
+        except UnsupportedError as error:
+            return error.what
+        if not set(layout.parts) & set(self.wanted):
+            return f"it computes {', '.join(layout.parts)} alone"
+        return dataclasses.replace(self, layouts=(("*", str(layout)),)).unfit(site)
+
+    def prepare(self, graph: Graph, chosen: list[Site]) -> Self:
+        """With the layouts of the projections."""
+        if not self.wanted or self.layouts:
+            return self
+        from surgeon.parts import layout_of
+        from surgeon.select import by_pattern
+
+        found = {site.path: str(layout_of(graph, site)) for site in chosen}
+        return dataclasses.replace(self, layouts=by_pattern(found))
 
     def unfit(self, site: Site) -> str:
         """Raises UsageError for a rank that no [out, in] matrix has."""
@@ -106,8 +149,10 @@ class Lora(Adapter):
     def bypass(self, site: Site) -> Bypass:
         """The shapes and nodes of a and b; asked of the pass as `at` leaves it."""
         from surgeon.bypass import bypass_at
+        from surgeon.parts import Layout
 
-        return bypass_at(site, self.rank)
+        layout = Layout.parse(self.layouts[0][1]) if self.layouts else None
+        return bypass_at(site, self.rank, layout, self.wanted)
 
     def cost(self, site: Site) -> Cost:
         """rank · (in + out) parameters, each multiplied once per token; an embedding looks up a column of a."""
@@ -145,14 +190,20 @@ class Lora(Adapter):
         """PEFT's fields; ranks and alphas per site as PEFT's patterns."""
         from surgeon.peft_targets import patterns
 
-        at = {site.path: self.at(site) for site in sites}
+        ranks, alphas = {}, {}
+        for site in sites:
+            step = self.at(site)
+            ranks[site.path] = step.bypass(site).whole_rank
+            times = ranks[site.path] // step.rank
+            alphas[site.path] = _whole(step.alpha * (math.sqrt(times) if self.rslora else times))
+        rank, alpha = _commonest(ranks, self.rank), _commonest(alphas, _whole(self.alpha))
         return {
-            "r": self.rank,
-            "lora_alpha": _whole(self.alpha),
+            "r": rank,
+            "lora_alpha": alpha,
             "lora_dropout": self.dropout,
             "use_rslora": self.rslora,
-            "rank_pattern": patterns({path: step.rank for path, step in at.items()}, self.rank),
-            "alpha_pattern": patterns({path: _whole(step.alpha) for path, step in at.items()}, _whole(self.alpha)),
+            "rank_pattern": patterns(ranks, rank),
+            "alpha_pattern": patterns(alphas, alpha),
             "fan_in_fan_out": any(site.kind == CONV1D for site in sites),
             "init_lora_weights": True,
             "exclude_modules": None,
@@ -167,6 +218,14 @@ class Lora(Adapter):
         if site.kind == EMBEDDING:
             return {"a": f"{stem}embedding_A", "b": f"{stem}embedding_B"}
         return {"a": f"{stem}A.weight", "b": f"{stem}B.weight"}
+
+    def packed(self, name: str, tensor: torch.Tensor, site: Site) -> torch.Tensor:
+        """As `Bypass.packed`."""
+        return self.bypass(site).packed(name, tensor)
+
+    def unpacked(self, name: str, tensor: torch.Tensor, site: Site) -> torch.Tensor:
+        """As `Bypass.unpacked`."""
+        return self.bypass(site).unpacked(name, tensor)
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Lora:
@@ -189,6 +248,12 @@ class Lora(Adapter):
 
 def _suffix(key: str) -> str:
     return rf"re:(.*\.)?({key})"
+
+
+def _commonest(values: Mapping[str, T], own: T) -> T:
+    """The pass's own value where a site has it, else that of most sites."""
+    found = list(values.values())
+    return own if not found or own in found else max(found, key=found.count)
 
 
 def _whole(number: float) -> float | int:

@@ -1,0 +1,140 @@
+"""Low-rank bypasses beside matrices: linears, embeddings, experts. See `surgeon.bypass`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from surgeon.edit import Edit
+from surgeon.sites import Site
+
+aten = torch.ops.aten
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Bypass:
+    """Beside a linear or Hugging Face's Conv1D: a `[r, in]`, b `[out, r]`.
+
+    Attributes:
+        site: where.
+        rank: r.
+    """
+
+    site: Site
+    rank: int
+
+    @property
+    def a(self) -> Shape:
+        """The shape of a."""
+        return self.rank, self.site.inp
+
+    @property
+    def b(self) -> Shape:
+        """The shape of b."""
+        return self.site.out, self.rank
+
+    @property
+    def first(self) -> tuple[str, str]:
+        """Kinds of first values (see `surgeon.initial`) of a and b, whose product is zero."""
+        return "kaiming", "zeros"
+
+    @property
+    def limit(self) -> int:
+        """The highest rank that a change of the weight can have."""
+        return min(self.site.inp, self.site.out)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in a and b."""
+        return torch.Size(self.a).numel() + torch.Size(self.b).numel()
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds per token (per position of the output, at a convolution)."""
+        return self.rank * (self.site.inp + self.site.out)
+
+    @property
+    def whole_rank(self) -> int:
+        """The rank of the change of the whole weight; r, but where parts of it have a bypass each."""
+        return self.rank
+
+    def unfit(self) -> str:
+        """Why there is no bypass of this rank here, or ""."""
+        return ""
+
+    def down(self, edit: Edit, x: fx.Node, a: fx.Node) -> fx.Node:
+        """A x: `[.., in]` → `[.., r]`."""
+        return edit.linear(x, a)
+
+    def up(self, edit: Edit, low: fx.Node, b: fx.Node) -> fx.Node:
+        """B A x: `[.., r]` → `[.., out]`."""
+        return edit.linear(low, b)
+
+    def normal(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """a and b of the normal form, whose product has the shape of `Site.matrix`."""
+        return a, b
+
+    def packed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """a or b, by that name, as PEFT's files have it."""
+        return tensor
+
+    def unpacked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The other way; a tensor of another shape than `packed` gives comes back as it is."""
+        return tensor
+
+
+@dataclass(frozen=True)
+class TableBypass(Bypass):
+    """Beside an embedding: x is token ids, and A x is a look-up in aᵀ. Here a is what begins at zero."""
+
+    @property
+    def first(self) -> tuple[str, str]:
+        """As in the reference code and PEFT."""
+        return "zeros", "normal"
+
+    @property
+    def macs(self) -> int:
+        """b alone multiplies."""
+        return self.rank * self.site.out
+
+    def down(self, edit: Edit, x: fx.Node, a: fx.Node) -> fx.Node:
+        """Columns of a: `[..]` → `[.., r]`."""
+        return edit.call(aten.embedding.default, edit.call(aten.transpose.int, a, 0, 1), x)
+
+
+@dataclass(frozen=True)
+class ExpertBypass(Bypass):
+    """Beside a layer's experts in one tensor: a `[experts, r, in]`, b `[experts, out, r]`."""
+
+    @property
+    def a(self) -> Shape:
+        """The shape of a."""
+        return self.site.experts, self.rank, self.site.inp
+
+    @property
+    def b(self) -> Shape:
+        """The shape of b."""
+        return self.site.experts, self.site.out, self.rank
+
+    def down(self, edit: Edit, x: fx.Node, a: fx.Node) -> fx.Node:
+        """A_e x for the expert e a row was sent to: `[n, in]` → `[n, r]`."""
+        return edit.call(torch.ops.surgeon.expert_linear.default, x, a, edit.argument(2))
+
+    def up(self, edit: Edit, low: fx.Node, b: fx.Node) -> fx.Node:
+        """B_e A_e x: `[n, r]` → `[n, out]`."""
+        return edit.call(torch.ops.surgeon.expert_linear.default, low, b, edit.argument(2))
+
+    def packed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """PEFT's matrices: a `[experts · r, in]` goes expert by expert, b `[out, r · experts]` rank by rank."""
+        return tensor.flatten(0, 1) if name == "a" else tensor.permute(1, 2, 0).flatten(1)
+
+    def unpacked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The other way."""
+        count, rank = self.site.experts, self.rank
+        if name == "a":
+            return tensor.unflatten(0, (count, rank)) if tensor.shape == (count * rank, self.site.inp) else tensor
+        wanted = (self.site.out, rank * count)
+        return tensor.unflatten(1, (rank, count)).permute(2, 0, 1).contiguous() if tensor.shape == wanted else tensor
