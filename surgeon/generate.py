@@ -16,7 +16,7 @@ from torch import fx, nn
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
-from surgeon import module, numbering, run, virtual
+from surgeon import module, numbering, positions, run, virtual
 from surgeon.caches import TextCache, read, write
 from surgeon.errors import UnsupportedError, UsageError
 from surgeon.graph import Graph
@@ -76,6 +76,7 @@ class Generator(PreTrainedModel, GenerationMixin):
         self.generation_config = _generation_config(loaded.graph)
         self.virtual = virtual.count(loaded.graph, self.ids)
         graphs = [cached_graph(loaded.graph, phase) for phase in phases]
+        self.room = positions.room(loaded.graph)
         self.has_cache = all(graph is not None for graph in graphs)
         found = graphs if self.has_cache else [loaded.graph]
         self.runners = nn.ModuleList(module.rebind(graph, loaded) for graph in found if graph is not None)
@@ -115,6 +116,11 @@ class Generator(PreTrainedModel, GenerationMixin):
         found: int = cache.get_seq_length()
         return found
 
+    def check(self, last: int) -> None:
+        """Raise UsageError for a position of the text beyond the model's table."""
+        if self.room:
+            positions.require(self.room, last, "generate: the text with what was added to it")
+
 
 class CausalGenerator(Generator):
     """A decoder: one graph for the text and for every token after it, or two if the text begins with virtual tokens."""
@@ -144,6 +150,7 @@ class CausalGenerator(Generator):
         if position_ids is None or self.virtual:
             position_ids = numbering.default(runner.graph, mask, virtual=self.virtual)[:, past:]
             position_ids = position_ids + (self.virtual if past else 0)
+        self.check(int(position_ids.max()) - (self.virtual if past else 0))
         given = {
             "input_ids": input_ids,
             "attention_mask": virtual.in_front(mask, self.virtual if past else 0),
@@ -174,6 +181,7 @@ class Seq2SeqGenerator(Generator):
     def __init__(self, loaded: GraphModule) -> None:
         super().__init__(loaded, "prefill", "step")
         self.virtual_source = virtual.count(loaded.graph)
+        self.source = loaded.graph
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
         """See `_Deferred`."""
@@ -200,6 +208,9 @@ class Seq2SeqGenerator(Generator):
         past = self.length(cache)
         runner: Any = self.runners[1 if past else 0]
         batch, new = decoder_input_ids.shape
+        self.check(past + new - 1)
+        if not past:
+            positions.check_source(self.source, source.shape[1])
         mask = torch.ones_like(source) if attention_mask is None else attention_mask
         if decoder_attention_mask is None:
             decoder_attention_mask = decoder_input_ids.new_ones(batch, past + new)

@@ -10,7 +10,7 @@ from torch import fx
 from surgeon import context, lengths, numbering
 from surgeon.edit import Edit
 from surgeon.errors import UsageError
-from surgeon.graph import Graph, copied
+from surgeon.graph import Graph, copied, val
 from surgeon.sites import Site
 
 aten = torch.ops.aten
@@ -54,25 +54,33 @@ def limit(graph: Graph) -> int:
 
 
 def check(graph: Graph, tokens: int, given: torch.Tensor | None) -> None:
-    """Raise UsageError for a text, or positions of the user's, beyond what moved positions leave of a table.
+    """Raise UsageError for a text, or positions of the user's, beyond what the model has, or moved ones leave of it.
 
     Args:
         graph: the model.
         tokens: number of tokens of the text.
         given: `[b, t]`, positions the user chose; None if they are counted.
     """
-    moved = [(shift, room) for shift, room in _tables(graph) if shift]
-    if moved and given is not None:
-        _check(moved, int(given.max()), f"{INPUT}, for {tokens} tokens")
-    elif moved:
-        _check(moved, tokens - 1 + numbering.first(graph), f"a text of {tokens} tokens")
+    found = room(graph)
+    if found is not None and given is not None:
+        require(found, int(given.max()), f"{INPUT}, for {tokens} tokens")
+    elif found is not None:
+        require(found, tokens - 1 + numbering.first(graph), f"a text of {tokens} tokens")
 
 
-def _check(moved: list[tuple[int, int]], last: int, where: str) -> None:
-    shift, room = min(moved, key=lambda pair: pair[1])
-    if last >= room:
-        what = f"position {last} is beyond the {room} that {shift} virtual tokens leave"
+def room(graph: Graph) -> tuple[int, int] | None:
+    """The first position of the text that a table has no row for, after how many positions it is moved by."""
+    return min(_tables(graph), key=lambda pair: pair[1], default=None)
+
+
+def require(found: tuple[int, int], last: int, where: str) -> None:
+    """Raise UsageError if a `room` has no row for the last position."""
+    moved, rows = found
+    if last >= rows and moved:
+        what = f"position {last} is beyond the {rows} that {moved} virtual tokens leave"
         raise UsageError(what, where, "a shorter text, or fewer --tokens")
+    if last >= rows:
+        raise UsageError(f"position {last} is beyond the {rows} that the model has", where, "a shorter text")
 
 
 def _tables(graph: Graph) -> Iterator[tuple[int, int]]:
@@ -85,13 +93,14 @@ def _tables(graph: Graph) -> Iterator[tuple[int, int]]:
 
 
 def check_source(graph: Graph, tokens: int) -> None:
-    """Raise UsageError for a text of an encoder beyond what its virtual tokens leave of a table."""
+    """Raise UsageError for a text of an encoder beyond its table, or beyond what virtual tokens leave of it."""
+    ids = next((n for n in graph.trunk.nodes if n.op == "placeholder" and n.target == "input_ids"), None)
+    own = [] if ids is None else lengths.positions(graph.trunk, lengths.symbol(val(ids).shape[-1]))
     counts = [n for n in graph.trunk.nodes if n.op == "call_function" and n.target in ARANGES]
     for node in counts:
         shift = sum(source.meta.get(SHIFT, 0) for source in node.all_input_nodes)
-        moved = list(_below(node, shift, shift)) if shift else []
-        if moved:
-            _check(moved, tokens - 1, f"a text of {tokens} tokens")
+        for found in _below(node, shift, shift) if shift or node in own else ():
+            require(found, tokens - 1, f"a text of {tokens} tokens")
 
 
 def _below(node: fx.Node, shift: int, offset: int) -> Iterator[tuple[int, int]]:

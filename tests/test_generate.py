@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache, TextS
 
 from benchmarks.zoo import build, graphs
 from benchmarks.zoo.causal import causal_config
-from surgeon import api, module
+from surgeon import api, module, run
 from surgeon.chat import Chat, chat_turns, complete
 from surgeon.errors import UsageError
 from surgeon.generate import generator
+from surgeon.model import load_model
+from surgeon.passes import make
 
 NEW = 10  # 7 + 10 tokens: past the window of 5
 MODES: dict[str, dict[str, Any]] = {
@@ -142,3 +144,25 @@ def test_a_conversation_streams_remembers_and_resets(python_model: tuple[Any, An
     assert [m["role"] for m in chat.messages] == ["system", "user", "assistant"]
     assert chat.messages[1]["content"] == "import os"
     assert "".join(pieces).rstrip().endswith(chat.messages[2]["content"].rstrip())
+
+
+@pytest.mark.parametrize(
+    ("family", "steps", "tokens", "what"),
+    [
+        ("gpt2", [], 60, "position 64 is beyond the 64 that the model has"),
+        ("gpt2", [("prefix", {})], 55, "position 59 is beyond the 59 that 5 virtual tokens leave"),
+        ("opt", [("prompt", {"init": "normal"})], 55, "position 59 is beyond the 59 that 5 virtual tokens leave"),
+        ("bart", [("prompt", {"init": "normal"})], 60, "position 59 is beyond the 59 that 5 virtual tokens leave"),
+        ("bart", [], 65, "position 64 is beyond the 64 that the model has"),
+    ],
+)
+def test_a_text_that_outgrows_the_table_of_positions_is_refused(
+    family: str, steps: list[tuple[str, dict[str, Any]]], tokens: int, what: str
+) -> None:
+    graph = graphs.graph_of(family)
+    made = [make(name, tokens=5, **options) for name, options in steps]
+    model = load_model(run.apply(graph, *made) if made else graph)
+    with pytest.raises(UsageError, match=what) as caught:
+        model.generate(torch.full((1, tokens), 5), max_new_tokens=10, do_sample=False, eos_token_id=None)
+    assert caught.value.where
+    assert "a shorter text" in caught.value.hint

@@ -24,7 +24,7 @@ def require_none(graph: Graph, out: str | Path) -> None:
     """Raise UnsupportedError if an adapter would be left over."""
     if names := left_over(graph):
         what = f"{', '.join(names)} cannot be folded into weights: virtual tokens stay an adapter"
-        raise UnsupportedError(what, str(out), "without --strict it is written beside the merged weights, to load with")
+        raise UnsupportedError(what, str(out), "without --strict it is written beside the merged weights, in adapter/")
 
 
 def put_back(graph: Graph, merged: Graph) -> Graph:
