@@ -1,8 +1,8 @@
 """Target patterns: which sites a pass works on.
 
 A pattern is one or more words separated by commas or spaces (braces group): `*.{q,v}_proj`, `model.layers.[0-3].*`,
-`q_proj v_proj`, `all-linear` (every linear but the head), `attention-linear` (those inside attentions). A word without a
-dot or wildcard matches a module of that name anywhere, as in PEFT's lists; `re:` before a word makes it a regular
+`q_proj v_proj`, `all-linear` (every linear but the head), `attention-linear` (those inside attentions). A word without
+a dot or wildcard matches a module of that name anywhere, as in PEFT's lists; `re:` before a word makes it a regular
 expression over the whole path, as in PEFT's strings.
 """
 

@@ -40,7 +40,7 @@ def _shared_again(graph: Graph, known: dict[int, fx.Graph]) -> dict[str, fx.Grap
 
 
 def _stripped(part: fx.Graph, gone: set[str]) -> fx.Graph:
-    if not any(mark.owner in gone for node in part.nodes if (mark := tag(node))):
+    if not any(_touched(node, gone) for node in part.nodes):
         return part
     fresh, _ = copied(part)
     names = {node.name: node for node in fresh.nodes}
@@ -57,6 +57,11 @@ def _stripped(part: fx.Graph, gone: set[str]) -> fx.Graph:
             fresh.erase_node(node)
     sweep(fresh)
     return fresh
+
+
+def _touched(node: fx.Node, gone: set[str]) -> bool:
+    mark = tag(node)
+    return (mark is not None and mark.owner in gone) or any(owner in gone for owner, *_ in node.meta.get(GIVEN, ()))
 
 
 def _ungive(node: fx.Node, gone: set[str]) -> None:

@@ -39,9 +39,9 @@ def folder_of(name: str, task: str = "") -> Path:
 def captured(source: Source, *, seed: int = 0) -> Graph:
     """The graph of a base with its values, as `surgeon.source.open_graph` gives it, captured once per folder.
 
-    These models lack nothing that `seed` would be for; one with chosen classes is captured anew.
+    These models lack nothing that `seed` would be for; one with chosen classes or another context is captured anew.
     """
-    if source.labels:
+    if source.labels or source.context:
         return open_graph(source, seed=seed)
     if source.folder not in _GRAPHS:
         _GRAPHS[source.folder] = open_graph(source)

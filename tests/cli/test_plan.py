@@ -73,7 +73,7 @@ def test_flags_hold_for_every_method_and_parentheses_for_one(model: str, capsys:
     ("args", "what", "hint"),
     [
         (["--method", "lorra"], "unknown method 'lorra'", "lora"),
-        (["--method", "kv_cache"], "kv_cache is not an adapter", "lora"),
+        (["--method", "kv_cache"], "kv_cache is not applied by its name", "lora"),
         (["--method", "vera", "--alpha", "3"], "vera: no option --alpha", "--rank"),
         (["--rnk", "3"], "no option --rnk", "--rank"),
         (["--rank", "many"], "--rank is 'many'", "whole number"),
