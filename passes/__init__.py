@@ -20,6 +20,8 @@ PASSES = {
     "prefix": "surgeon.passes.prefix:Prefix",
     "ptuning_v2": "surgeon.passes.ptuning_v2:PTuningV2",
     "shifted_sparse_attention": "surgeon.passes.shifted_sparse_attention:ShiftedSparseAttention",
+    "nf4": "surgeon.passes.nf4:Nf4",
+    "intq": "surgeon.passes.intq:IntQ",
     "kv_cache": "surgeon.passes.kv_cache:KvCache",
 }
 # PEFT's name of a method → ours.

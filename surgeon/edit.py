@@ -17,6 +17,7 @@ from surgeon import wiring
 from surgeon.errors import UnsupportedError
 from surgeon.graph import Graph, Tag, TensorSpec, path_of, tag
 from surgeon.initial import Init, Initial
+from surgeon.quantised import HELD, WEIGHTS
 from surgeon.sites import GIVEN, Site, _weights, argument_of, has_argument, input_position, source_of
 
 aten = torch.ops.aten
@@ -92,7 +93,10 @@ class Edit:
 
     @property
     def weight(self) -> fx.Node:
-        """The site's own weight, in the orientation it is stored in."""
+        """The site's own weight, in the orientation it is stored in; dequantised here where it is held in codes."""
+        if HELD in self.node.meta:
+            made = self.call(WEIGHTS[self.node.target], *self.node.args[2:], **self.node.kwargs)
+            return self.call(aten.t.default, made) if self.site.transposed else made
         weight = _weights(self.node)[1]
         if weight is None:
             raise UnsupportedError("this site has no weight", self.site.path)
@@ -185,7 +189,7 @@ class Edit:
             node = self.part.call_function(target, args, kwargs)
         self._cursor = node
         value = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self._shapes_only():
+        with self.shapes_only():
             return self._labelled(node, target(*value[0], **value[1]))
 
     def linear(self, x: fx.Node, weight: fx.Node) -> fx.Node:
@@ -290,10 +294,11 @@ class Edit:
         return self._labelled(node, self._fake(shape))
 
     def _fake(self, shape: tuple[int, ...]) -> torch.Tensor:
-        with self._shapes_only():
+        with self.shapes_only():
             return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 
-    def _shapes_only(self) -> FakeTensorMode:
+    def shapes_only(self) -> FakeTensorMode:
+        """The mode under which the graph's metadata are made."""
         values = (node.meta.get("val") for node in self.part.nodes)
         return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
 

@@ -14,6 +14,7 @@ import torch
 
 from surgeon.errors import SurgeonError, UnsupportedError, UsageError
 from surgeon.graph import Graph, tag
+from surgeon.hold import held_value, holders, is_held
 from surgeon.normal import Base, Columns, Normal
 from surgeon.passes.base import Adapter
 from surgeon.run import owners
@@ -196,14 +197,15 @@ class MergedValues(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         stored = value_of(self._graph, self._broken.get(name, name))
+        dtype = self._graph.values[name].dtype if is_held(self._graph, name) else stored.dtype
         if name in self._biases:
             changed = _stacked_bias(lambda: None, self._normals(name, self._biases[name]))
             return stored if changed is None else changed.to(stored.dtype)
         if name not in self._groups:
-            return stored
+            return stored.to(dtype)
         group = self._groups[name]
         site = group[0].site
-        return site.stored(stacked(site.matrix(_wide(stored)), self._normals(name, group))).to(stored.dtype)
+        return site.stored(stacked(site.matrix(_wide(stored)), self._normals(name, group))).to(dtype)
 
     def _normals(self, name: str, group: list[Fold]) -> list[Normal]:
         site = group[0].site
@@ -231,12 +233,14 @@ def _wide(weight: torch.Tensor) -> torch.Tensor:
 
 
 def value_of(graph: Graph, name: str) -> torch.Tensor:
-    """The value of a tensor of the base: its trained one, if it trained itself."""
+    """The value of a tensor of the base: its trained one, if it trained itself; what its codes decode to, if held."""
+    if is_held(graph, name):
+        return held_value(graph, name)
     return graph.inserted[name]() if name in graph.inserted else graph.values[name]
 
 
 def fold(graph: Graph) -> Graph:
-    """A graph without its adapters whose weights compute what they computed.
+    """A graph without its adapters whose weights compute what they computed; none of them is held in codes any more.
 
     Raises:
         UsageError: the graph has no adapter that folds into a weight.
@@ -246,7 +250,7 @@ def fold(graph: Graph) -> Graph:
         raise UsageError("there is no adapter to merge", graph.source, "apply one first: surgeon apply --method lora")
     groups = by_weight(graph, found)
     broken = untied(graph, groups)
-    gone = {item.owner for item in found}
+    gone = {item.owner for item in found} | holders(graph)
     result = without(graph, gone)
     for name in by_bias(graph, found):
         result.inserted.pop(name, None)

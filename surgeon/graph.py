@@ -25,6 +25,21 @@ INPUT = "input"  # node.meta key: the name of an input that is no Python identif
 
 
 @dataclass(frozen=True)
+class Holding:
+    """The codes that stand for a weight (see `surgeon.hold`).
+
+    Attributes:
+        owner: id of the pass that quantised it.
+        parts: name of a part → full name of its tensor.
+        decode: the parts by name → the weight as it is stored.
+    """
+
+    owner: str
+    parts: Mapping[str, str] = field(hash=False)
+    decode: Callable[[dict[str, torch.Tensor]], torch.Tensor] = field(compare=False)
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """A parameter or buffer of the graph.
 
@@ -35,6 +50,7 @@ class TensorSpec:
         owner: "" for the base model, else the id of the pass that inserted it.
         persistent: False for buffers that are computed, not stored (rotary frequencies).
         parameter: False for buffers.
+        held: what stands for it, of a weight that is held in codes and not loaded.
     """
 
     shape: tuple[int, ...]
@@ -43,6 +59,7 @@ class TensorSpec:
     owner: str = ""
     persistent: bool = True
     parameter: bool = True
+    held: Holding | None = None
 
     @property
     def count(self) -> int:
@@ -150,6 +167,10 @@ class Graph:
         from surgeon import text
 
         return text.render(self)
+
+    def resident(self) -> dict[str, TensorSpec]:
+        """What is in memory when the graph runs: everything but the weights that codes stand for."""
+        return {name: spec for name, spec in self.tensors.items() if spec.held is None}
 
     def trainable(self) -> dict[str, TensorSpec]:
         """What training changes."""

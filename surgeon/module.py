@@ -103,7 +103,7 @@ def load(
     where = torch.device(device)
     root = into if into is not None else GraphModule(graph)
     _frame(root, graph)
-    for name, spec in graph.tensors.items():
+    for name, spec in graph.resident().items():
         place(root, name, read_tensor(graph, name, dtype, where), spec)
     for alias, name in graph.ties.items():
         owner, leaf = _parent(root, alias)
@@ -134,7 +134,7 @@ def rebind(graph: Graph, loaded: nn.Module) -> GraphModule:
     held = {**dict(loaded.named_parameters(remove_duplicate=False)), **dict(loaded.named_buffers())}
     root = GraphModule(graph)
     _frame(root, graph)
-    for name in (*graph.tensors, *graph.ties):
+    for name in (*graph.resident(), *graph.ties):
         if name not in held:
             raise UsageError(f"the loaded model has no tensor {name}", type(loaded).__name__, "load the model anew")
         owner, leaf = _parent(root, name)
@@ -186,7 +186,7 @@ def _parent(root: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def _frame(root: nn.Module, graph: Graph) -> None:
     """The modules, in the order of the tensors: a tied one counts under the name it is stored by, as in its model."""
-    for name in (*graph.tensors, *(f"{path}." for path in graph.layers)):
+    for name in (*graph.resident(), *(f"{path}." for path in graph.layers)):
         module, path = root, ""
         for part in name.split(".")[:-1]:
             path = f"{path}.{part}" if path else part

@@ -28,8 +28,11 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 """Quantiles of N(0, 1), code 0 … 15: 8 positive ones between 0.5 and o, 7 negative ones, zero; o = 0.9677083."""
-_FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
-KINDS = ("nf4", "fp4")
+_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+FP4 = (*(x / 12 for x in _TWELFTHS), *(-x / 12 for x in _TWELFTHS))
+"""Sign, two bits of exponent, one of mantissa, in order of the codes; the largest is 1."""
+BOOKS = {"nf4": NF4, "fp4": FP4}
+KINDS = tuple(BOOKS)
 
 
 @dataclass(frozen=True)
@@ -75,17 +78,14 @@ class FourBit:
 
 @functools.cache
 def code_book(kind: str) -> torch.Tensor:
-    """The 16 values of the codes, fp32. FP4 is sign, two bits of exponent, one of mantissa, in order of the codes.
+    """The 16 values of the codes, fp32.
 
     Raises:
         UsageError: there is no such kind.
     """
-    if kind == "nf4":
-        return torch.tensor(NF4, dtype=torch.float32)
-    if kind == "fp4":
-        positive = torch.tensor(_FP4_TWELFTHS, dtype=torch.float32)
-        return torch.cat([positive, -positive]) / 12
-    raise UsageError(f"there is no 4-bit type '{kind}'", "", f"one of {', '.join(KINDS)}")
+    if kind not in BOOKS:
+        raise UsageError(f"there is no 4-bit type '{kind}'", "", f"one of {', '.join(KINDS)}")
+    return torch.tensor(BOOKS[kind], dtype=torch.float32)
 
 
 @functools.cache
@@ -131,27 +131,38 @@ def quantise_4bit(weight: torch.Tensor, kind: str = "nf4", *, double: bool = Fal
 
 def dequantise_4bit(stored: FourBit, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """book[code] · absmax, the product in fp32 and rounded once to `dtype`."""
-    size, device = math.prod(stored.shape), stored.codes.device
-    values = code_book(stored.kind).to(device)[unpack_high_first(stored.codes).int()]
+    device = stored.codes.device
+    book = torch.tensor(BOOKS[stored.kind], dtype=torch.float32, device=device)
+    return scaled_by_block(book[unpack_high_first(stored.codes).int()], stored).to(dtype)
+
+
+def scaled_by_block(values: torch.Tensor, stored: FourBit) -> torch.Tensor:
+    """book[code] `[n or n + 1]`, which is changed, times the absmax of each block, in the shape of the tensor."""
+    size = math.prod(stored.shape)
     absmax = stored.absmax if stored.nested is None else dequantise_absmax(stored.absmax, stored.nested)
     values = F.pad(values, (0, len(absmax) * stored.block - len(values))) if size % stored.block else values
-    product = values.view(-1, stored.block).mul_(absmax[:, None])
-    return product.flatten()[:size].view(stored.shape).to(dtype)
+    return values.view(-1, stored.block).mul_(absmax[:, None]).flatten()[:size].view(stored.shape)
 
 
-@functools.cache
 def dynamic_map() -> torch.Tensor:
     """The 256 values of bitsandbytes' signed 8-bit type with a dynamic exponent, ascending, fp32.
 
     For e = 0 … 6 there are 2^e fractions, the midpoints of equal parts of [0.1, 1], times 10^(e−6), with both signs;
     and 0 and 1 (Dettmers 2016, §2.3).
     """
+    return torch.tensor(_DYNAMIC, dtype=torch.float32)
+
+
+def _dynamic_values() -> list[float]:
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
         positive = (10.0 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
         values += [*positive, *(-value for value in positive)]
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return sorted(values)
+
+
+_DYNAMIC = _dynamic_values()
 
 
 @functools.cache

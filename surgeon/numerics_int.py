@@ -129,9 +129,13 @@ def nearest_codes(
 def dequantise_groups(stored: Groups, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """scale · (code − zero) `[out, in]`, computed in fp32, or in fp64 where `dtype` is, and rounded once."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    codes = grouped(unpack(stored.codes, stored.bits).to(wide), stored.group)
-    product = codes.sub_(stored.zero.to(wide)[..., None]).mul_(stored.scale.to(wide)[..., None])
-    return product.flatten(1).to(dtype)
+    return scaled_by_group(unpack(stored.codes, stored.bits).to(wide), stored).to(dtype)
+
+
+def scaled_by_group(codes: torch.Tensor, stored: Groups) -> torch.Tensor:
+    """scale · (code − zero) from unpacked codes `[out, in]` in floating point, which are changed."""
+    values = grouped(codes, stored.group)
+    return values.sub_(stored.zero.to(codes.dtype)[..., None]).mul_(stored.scale.to(codes.dtype)[..., None]).flatten(1)
 
 
 def grouped(weight: torch.Tensor, group: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch import fx
 
 from surgeon.errors import SurgeonError
 from surgeon.graph import Graph, path_of, tag
+from surgeon.quantised import HELD
 
 aten = torch.ops.aten
 GIVEN = "given"  # node.meta key: (owner, position or keyword, what undoes it) of what passes gave a site's node
@@ -39,6 +40,7 @@ class Site:
         queries: query heads of an attention.
         role: of an attention: "decoder" or "encoder" over its own tokens, "cross" over an encoder's states.
         transposed: whether the weight is stored input first.
+        batched: whether all experts see all rows, `[experts, n, in]`: one product per expert, and no row is sent.
         groups: of a convolution, in which outputs read their own share of the inputs.
         window: sizes of a convolution's window.
     """
@@ -56,8 +58,14 @@ class Site:
     heads: int = 0
     queries: int = 0
     role: str = ""
+    batched: bool = False
     groups: int = 1
     window: tuple[int, ...] = ()
+
+    @property
+    def module(self) -> str:
+        """Path of the module that has the weight; experts are a parameter of theirs."""
+        return self.path.rpartition(".")[0] if self.kind == EXPERTS else self.path
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight (or as many rows of it) as it multiplies, `[.., out, in]`.
@@ -79,10 +87,8 @@ class Site:
 
         Experts are a parameter and not a module, so theirs stands beside it: `<module>.<owner>.<parameter>.<name>`.
         """
-        if self.kind != EXPERTS:
-            return f"{self.path}.{owner}.{name}"
-        module, _, leaf = self.path.rpartition(".")
-        return f"{module}.{owner}.{leaf}.{name}"
+        leaf = self.path.removeprefix(self.module)
+        return f"{self.module}.{owner}{leaf}.{name}"
 
 
 def sites(graph: Graph, *kinds: str) -> list[Site]:
@@ -113,12 +119,13 @@ def _site(graph: Graph, node: fx.Node, prefix: str) -> Site | None:
     if kind == CONV:
         return _convolution(graph, node, prefix, name, other, tuple(weight.meta["val"].shape))
     *experts, out, inp = tuple(weight.meta["val"].shape)
-    transposed = kind in (CONV1D, EMBEDDING) or bool(node.kwargs.get("transposed"))
+    batched = node.target is aten.bmm.default
+    transposed = kind in (CONV1D, EMBEDDING) or batched or bool(node.kwargs.get("transposed"))
     if transposed:
         out, inp = inp, out
     return Site(
         _path(node, name, prefix), kind, layer, node.name, graph.resolve(name), other, inp, out,
-        experts[0] if experts else 0, transposed,
+        experts[0] if experts else 0, transposed, batched=batched,
     )  # fmt: skip
 
 
@@ -152,7 +159,10 @@ def _role(graph: Graph, node: fx.Node) -> str:
 
 
 def _weights(node: fx.Node) -> tuple[str | None, fx.Node | None, fx.Node | None]:
-    """The kind of a node with a weight of its own, that weight, and its bias."""
+    """The kind of a node with a weight of its own, that weight (what is remembered of it, if held), and its bias."""
+    if HELD in node.meta:
+        held: Any = node.meta[HELD]
+        return LINEAR if held.function is aten.linear.default else CONV1D, held, node.args[1]
     if node.target is aten.linear.default:
         kind, weight, bias = LINEAR, node.args[1], node.args[2] if len(node.args) > 2 else None
     elif node.target is aten.addmm.default:
@@ -161,6 +171,8 @@ def _weights(node: fx.Node) -> tuple[str | None, fx.Node | None, fx.Node | None]
         kind, weight, bias = EMBEDDING, node.args[0], None
     elif node.target is torch.ops.surgeon.expert_linear.default:
         kind, weight, bias = EXPERTS, node.args[1], node.args[3] if len(node.args) > 3 else None
+    elif node.target is aten.bmm.default:
+        kind, weight, bias = EXPERTS, node.args[1], None
     elif node.target in _CONVOLUTIONS:
         kind, weight, bias = CONV, node.args[1], node.args[2] if len(node.args) > 2 else None
     else:
@@ -211,5 +223,5 @@ def source_of(fed: fx.Node) -> fx.Node:
 
 def _path(node: fx.Node, weight: str, prefix: str) -> str:
     """The module's path: that of its weight, or where it was called if the weight is another module's (tied heads)."""
-    called, owner = prefix + path_of(node), weight.removesuffix(".weight")
+    called, owner = prefix + path_of(node), weight.removesuffix(".weight").removesuffix(".in_proj_weight")
     return owner if owner.startswith(called) or not path_of(node) else called

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import fx
 
 from surgeon import wiring
-from surgeon.graph import Graph, Tag, copied, structure, sweep, tag
+from surgeon.graph import Graph, Tag, TensorSpec, copied, structure, sweep, tag
+from surgeon.hold import release
+from surgeon.quantised import HELD
 from surgeon.run import owners
 from surgeon.sites import GIVEN, source_of
 
@@ -19,11 +23,16 @@ def without(graph: Graph, gone: set[str]) -> Graph:
     _drop_unused_inputs(result)
     result.layers = _shared_again(graph, known)
     sweep(result.trunk)
-    result.tensors = {name: spec for name, spec in graph.tensors.items() if spec.owner not in gone}
+    result.tensors = {name: _freed(spec, gone) for name, spec in graph.tensors.items() if spec.owner not in gone}
     result.inserted = {name: read for name, read in graph.inserted.items() if name in result.tensors}
     kept = owners(graph.applied)
     result.applied = tuple(step for owner, step in kept.items() if owner not in gone)
     return result
+
+
+def _freed(spec: TensorSpec, gone: set[str]) -> TensorSpec:
+    """A weight whose codes are gone is no longer held in them."""
+    return dataclasses.replace(spec, held=None) if spec.held is not None and spec.held.owner in gone else spec
 
 
 def _shared_again(graph: Graph, known: dict[int, fx.Graph]) -> dict[str, fx.Graph]:
@@ -46,6 +55,8 @@ def _stripped(part: fx.Graph, gone: set[str]) -> fx.Graph:
     names = {node.name: node for node in fresh.nodes}
     for node in list(fresh.nodes):
         _ungive(node, gone)
+        if HELD in node.meta and node.meta[HELD].owner in gone:
+            release(node)
         mark = tag(node)
         if mark and mark.output and mark.owner in gone:
             node.replace_all_uses_with(_below(fresh, names[mark.site], node, gone))
@@ -60,7 +71,7 @@ def _stripped(part: fx.Graph, gone: set[str]) -> fx.Graph:
 
 
 def _touched(node: fx.Node, gone: set[str]) -> bool:
-    mark = tag(node)
+    mark = node.meta.get(HELD) or tag(node)
     return (mark is not None and mark.owner in gone) or any(owner in gone for owner, *_ in node.meta.get(GIVEN, ()))
 
 

@@ -1,0 +1,132 @@
+"""What the passes that hold weights in codes share: their sites, and how a linear changes into one that dequantises."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from surgeon.errors import UsageError
+from surgeon.passes.base import CONV1D, LINEAR, Cost, Pass, Skip, head_paths
+
+if TYPE_CHECKING:
+    import torch
+
+    from surgeon.edit import Edit
+    from surgeon.graph import Graph
+    from surgeon.hold import Part
+    from surgeon.sites import Site
+
+
+@dataclass(frozen=True)
+class Quantiser(Pass):
+    """A pass that holds the weights of linears in codes. What it computes differs from the base by their rounding.
+
+    Adapters over it see the dequantised weight, in the graph and in the normal form. Nothing is quantised before its
+    value is asked for, and then one weight at a time.
+
+    Options:
+        targets: which modules, see `surgeon.select`; all-linear leaves out the output head.
+        exclude: modules that are left out even if targeted.
+    """
+
+    keeps: ClassVar[str] = "changes"
+    stacks: ClassVar[bool] = False
+    offered: ClassVar[bool] = True
+    kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D)
+    targets: str = "all-linear"
+    exclude: str = ""
+
+    def unfit(self, site: Site) -> str:
+        """Why this site cannot be quantised, or ""."""
+        return ""
+
+    def parts(self, site: Site) -> Sequence[Part]:
+        """The tensors that stand for the weight of a site, in the order of the operator."""
+        raise UsageError(f"{self.name} has no parts", site.path)
+
+    def encode(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A weight `[out, in]` as its parts, by name."""
+        raise UsageError(f"{self.name} does not quantise", "")
+
+    def decode(self, parts: dict[str, torch.Tensor], site: Site) -> torch.Tensor:
+        """The parts as the weight `[out, in]` that they stand for, in fp32 or wider."""
+        raise UsageError(f"{self.name} does not dequantise", site.path)
+
+    def operator(self, site: Site) -> tuple[Any, dict[str, Any]]:
+        """The linear that dequantises, and its keywords."""
+        raise UsageError(f"{self.name} has no operator", site.path)
+
+    def match(self, graph: Graph) -> list[Site | Skip]:
+        """The targeted sites; raises UsageError for a pattern that matches nothing that can be quantised."""
+        from surgeon.select import ALL_LINEAR, check_words, matches, words
+        from surgeon.sites import sites
+
+        candidates = sites(graph, *self.kinds)
+        check_words(self.targets, [site.path for site in candidates])
+        head, shared = head_paths(graph), _shared(graph)
+        chosen: list[Site | Skip] = []
+        for site in candidates:
+            everything = ALL_LINEAR in words(self.targets) and site.path not in head
+            if not (everything or matches(self.targets, site.path)) or matches(self.exclude, site.path):
+                continue
+            why = _taken(graph, site, shared) or self.unfit(site)
+            chosen.append(Skip(site.path, why) if why else site)
+        if not any(not isinstance(item, Skip) for item in chosen):
+            reasons = "; ".join(f"{item.path}: {item.why}" for item in chosen[:3] if isinstance(item, Skip))
+            raise UsageError(f"{self.name} has no weight to quantise", reasons or self.targets, "other --targets")
+        return chosen
+
+    def rewrite(self, edit: Edit, site: Site) -> None:
+        """x Wᵀ + bias → the operator on x, bias and the parts of W."""
+        from surgeon.hold import hold
+
+        function, options = self.operator(site)
+        hold(
+            edit,
+            function,
+            self.parts(site),
+            self._codes(edit.graph),
+            functools.partial(_decoded, self, site),
+            **options,
+        )
+
+    def _codes(self, graph: Graph) -> Callable[[str, str], torch.Tensor]:
+        """The codes of any weight of a graph, shared by all its sites, so that one weight is in memory at a time."""
+        from surgeon.hold import Codes
+
+        by_weight = {site.weight: site for site in self._sites(graph)}
+        return Codes(lambda name: self.encode(by_weight[name].matrix(graph.values[name])))
+
+    def _sites(self, graph: Graph) -> list[Site]:
+        from surgeon.sites import sites
+
+        return sites(graph, *self.kinds)
+
+    def cost(self, site: Site) -> Cost:
+        """No parameters; what it saves is in the bytes."""
+        return Cost()
+
+
+def _decoded(step: Quantiser, site: Site, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    return site.stored(step.decode(parts, site))
+
+
+def _shared(graph: Graph) -> set[str]:
+    """Weights that several modules read."""
+    from surgeon.sites import sites
+
+    readers: dict[str, set[str]] = {}
+    for site in sites(graph):
+        readers.setdefault(site.weight, set()).add(site.path)
+    return {name for name, paths in readers.items() if len(paths) > 1}
+
+
+def _taken(graph: Graph, site: Site, shared: set[str]) -> str:
+    spec = graph.tensors[site.weight]
+    if spec.held is not None:
+        return f"already quantised by {spec.held.owner}"
+    if site.weight in shared:
+        return f"{site.weight} is read by other modules too"
+    return "its weight trains" if spec.trainable else ""
