@@ -13,6 +13,7 @@ from surgeon.cli.methods import CONTEXT, LABELS, Methods, chosen, with_method_op
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from surgeon.flops import TextFlops
     from surgeon.planning import Plan, PlannedSite
     from surgeon.source import Source
 
@@ -91,7 +92,13 @@ def totals(plan: Plan) -> dict[str, str]:
         "stored": f"{stored}, {plan.frozen_parameters:,} of them frozen" if plan.frozen_parameters else stored,
         "training": f"{output.size(plan.bytes.training)} for weights, gradients and AdamW; activations come on top",
         "per token": f"forward {_flops(flops.forward)} (+{added:.2g} %) · training step {_flops(flops.training_step)}",
+        **({} if plan.flops_per_text is None else {"per text": _text(plan.flops_per_text)}),
     }
+
+
+def _text(flops: TextFlops) -> str:
+    share = 100 * flops.attention / flops.total
+    return f"of {flops.length:,} tokens: forward {_flops(flops.total)}, {share:.3g} % of it attention scores and values"
 
 
 def _flops(count: int) -> str:

@@ -47,6 +47,7 @@ class Cost:
         frozen: numbers that are kept in memory beside those.
         stored: numbers in the adapter's file.
         flops: of a forward pass per token, 2 per multiply-add of a matrix; elementwise operators are not counted.
+        span: positions that a token sees at this attention while it trains; 0 leaves them as they are.
     """
 
     rank: int = 0
@@ -54,6 +55,7 @@ class Cost:
     frozen: int = 0
     stored: int = 0
     flops: int = 0
+    span: int = 0
 
 
 @dataclass(frozen=True)

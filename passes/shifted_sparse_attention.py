@@ -91,8 +91,8 @@ class ShiftedSparseAttention(Pass):
         return found
 
     def cost(self, site: Site) -> Cost:
-        """Nothing is added."""
-        return Cost()
+        """Nothing is added, and a token sees its segment."""
+        return Cost(span=self.group)
 
     def rewrite(self, edit: Edit, site: Site) -> None:
         """attention(…) → attention(…, group=G)."""

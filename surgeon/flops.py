@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from surgeon.graph import Graph
-from surgeon.sites import CONV, CONV1D, LINEAR, sites
+from surgeon.sites import ATTENTION, CONV, CONV1D, LINEAR, sites
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,35 @@ class Flops:
     forward: int
     training_step: int
     attention_per_position: int
+
+
+@dataclass(frozen=True)
+class TextFlops:
+    """Floating-point operations of a forward pass over one text while training, as LongLoRA's Table 11 counts them.
+
+    Every token counts as seeing all positions of its span, those after it too.
+
+    Attributes:
+        length: of the text, the model's context in tokens.
+        attention: scores and values: Σ 2 · h · (d + d_v) · span · length.
+        total: with everything else, methods included.
+    """
+
+    length: int
+    attention: int
+    total: int
+
+
+def text_flops(graph: Graph, length: int, per_token: int, spans: Mapping[str, int]) -> TextFlops:
+    """The work on a text of `length` tokens; `spans` by path of the attention, see `surgeon.passes.base.Cost`."""
+    parts = {**graph.layers, "": graph.trunk}
+    attention = 0
+    for site in sites(graph, ATTENTION):
+        node = next(node for node in parts[site.layer].nodes if node.name == site.node)
+        limits = (spans.get(site.path, 0), int(node.kwargs.get("window") or 0), int(node.kwargs.get("chunk") or 0))
+        span = min([length, *filter(None, limits)])
+        attention += _attention_flops(graph, node) * span * length
+    return TextFlops(length, attention, attention + per_token * length)
 
 
 def flops_of(graph: Graph, trained: int, adapter: int) -> Flops:

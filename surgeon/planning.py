@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
 
-from surgeon import replaced
+from surgeon import context, replaced
 from surgeon.errors import UsageError
-from surgeon.flops import Flops, flops_of
+from surgeon.flops import Flops, TextFlops, flops_of, text_flops
 from surgeon.graph import Graph
 from surgeon.passes.base import Adapter, Cost, Pass, Skip
 from surgeon.run import chosen_sites, owner_of
@@ -80,6 +81,7 @@ class Plan:
         skipped: sites that were asked for and cannot be adapted, with the reasons.
         bytes: sizes on disk and in training.
         flops_per_token: work per token.
+        flops_per_text: work on a text as long as the context; None for a model without a limit.
         notes: what capture found worth telling.
     """
 
@@ -96,6 +98,7 @@ class Plan:
     skipped: tuple[Skip, ...]
     bytes: Bytes
     flops_per_token: Flops
+    flops_per_text: TextFlops | None
     notes: tuple[str, ...]
 
 
@@ -114,6 +117,7 @@ def plan(model: Graph | Source | PretrainedConfig | str | Path, *passes: Pass, t
     planned: list[PlannedSite] = []
     skipped: list[Skip] = []
     costs: list[Cost] = []
+    spans: dict[str, int] = {}
     done = graph.copy()
     for step in passes:
         if not step.stacks and any(before.name == step.name for before in done.applied):
@@ -123,11 +127,12 @@ def plan(model: Graph | Source | PretrainedConfig | str | Path, *passes: Pass, t
         chosen, left_out = chosen_sites(done, step)
         owner, ready = owner_of(done, step), step.prepare(done, chosen)
         at_sites = [ready.at(site).cost(site) for site in chosen]
+        spans.update({site.path: cost.span for site, cost in zip(chosen, at_sites, strict=True) if cost.span})
         planned += [_planned(site, owner, cost) for site, cost in zip(chosen, at_sites, strict=True)]
         skipped += left_out
         costs += [*at_sites, ready.shared_cost(), _retrained(done, ready, chosen)]
         done.applied = (*done.applied, step)
-    return _summary(graph, passes, planned, skipped, costs)
+    return _summary(graph, passes, planned, skipped, costs, spans)
 
 
 def _graph(model: Graph | Source | PretrainedConfig | str | Path, task: str | None) -> Graph:
@@ -158,10 +163,17 @@ def _retrained(graph: Graph, step: Pass, chosen: list[Site]) -> Cost:
 
 
 def _summary(
-    graph: Graph, passes: tuple[Pass, ...], planned: list[PlannedSite], skipped: list[Skip], costs: list[Cost]
+    graph: Graph,
+    passes: tuple[Pass, ...],
+    planned: list[PlannedSite],
+    skipped: list[Skip],
+    costs: list[Cost],
+    spans: Mapping[str, int],
 ) -> Plan:
     trained, stored = sum(cost.trained for cost in costs), sum(cost.stored for cost in costs)
     frozen = sum(cost.frozen for cost in costs)
+    flops = flops_of(graph, trained, sum(cost.flops for cost in costs))
+    length = graph.context or context.limit(graph.config)
     return Plan(
         model=str(graph.config.model_type),
         task=graph.task,
@@ -175,7 +187,8 @@ def _summary(
         sites=tuple(planned),
         skipped=tuple(skipped),
         bytes=_bytes(graph, trained, frozen, stored),
-        flops_per_token=flops_of(graph, trained, sum(cost.flops for cost in costs)),
+        flops_per_token=flops,
+        flops_per_text=text_flops(graph, length, flops.forward, spans) if length else None,
         notes=graph.notes,
     )
 
