@@ -200,7 +200,7 @@ class Lora(Adapter):
         return {
             "r": rank,
             "lora_alpha": alpha,
-            "lora_dropout": self.dropout,
+            "lora_dropout": 0.0 if any(site.kind == EXPERTS for site in sites) else self.dropout,
             "use_rslora": self.rslora,
             "rank_pattern": patterns(ranks, rank),
             "alpha_pattern": patterns(alphas, alpha),
@@ -213,10 +213,12 @@ class Lora(Adapter):
         }
 
     def peft_keys(self, site: Site) -> dict[str, str]:
-        """lora_A and lora_B, which have other names at an embedding."""
-        stem = f"model.{site.path}.lora_"
+        """lora_A and lora_B, which have other names at an embedding, and change places where PEFT turns the experts."""
+        stem = f"model.{site.module}.lora_"
         if site.kind == EMBEDDING:
             return {"a": f"{stem}embedding_A", "b": f"{stem}embedding_B"}
+        if site.batched:
+            return {"a": f"{stem}B.weight", "b": f"{stem}A.weight"}
         return {"a": f"{stem}A.weight", "b": f"{stem}B.weight"}
 
     def packed(self, name: str, tensor: torch.Tensor, site: Site) -> torch.Tensor:

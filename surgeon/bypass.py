@@ -9,7 +9,7 @@ between: a scale, diag(λ), a mask.
 from __future__ import annotations
 
 from surgeon.bypass_conv import ConvBypass
-from surgeon.bypass_linear import Bypass, ExpertBypass, TableBypass
+from surgeon.bypass_linear import BatchedExpertBypass, Bypass, ExpertBypass, TableBypass
 from surgeon.bypass_parts import PartsBypass
 from surgeon.parts import Layout
 from surgeon.sites import CONV, EMBEDDING, EXPERTS, Site
@@ -23,4 +23,5 @@ def bypass_at(site: Site, rank: int, layout: Layout | None = None, parts: tuple[
     """The bypass of this rank at a site, or of this rank for each of some parts of it."""
     if layout is not None and not (len(layout.runs) == 1 and layout.parts[0] in parts):
         return PartsBypass(site, rank, layout, tuple(part for part in layout.parts if part in parts))
-    return _KINDS.get(site.kind, Bypass)(site, rank)
+    kind = BatchedExpertBypass if site.batched else _KINDS.get(site.kind, Bypass)
+    return kind(site, rank)

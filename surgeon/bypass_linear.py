@@ -138,3 +138,32 @@ class ExpertBypass(Bypass):
             return tensor.unflatten(0, (count, rank)) if tensor.shape == (count * rank, self.site.inp) else tensor
         wanted = (self.site.out, rank * count)
         return tensor.unflatten(1, (rank, count)).permute(2, 0, 1).contiguous() if tensor.shape == wanted else tensor
+
+
+@dataclass(frozen=True)
+class BatchedExpertBypass(ExpertBypass):
+    """The same where every expert sees rows of its own, `[experts, n, in]`.
+
+    PEFT takes such a weight, `[experts, in, out]`, for one stored output first: its A is our b, and its B our a.
+    """
+
+    def down(self, edit: Edit, x: fx.Node, a: fx.Node) -> fx.Node:
+        """`[experts, n, in]` → `[experts, n, r]`."""
+        return edit.call(aten.bmm.default, x, edit.call(aten.transpose.int, a, 1, 2))
+
+    def up(self, edit: Edit, low: fx.Node, b: fx.Node) -> fx.Node:
+        """`[experts, n, r]` → `[experts, n, out]`."""
+        return edit.call(aten.bmm.default, low, edit.call(aten.transpose.int, b, 1, 2))
+
+    def packed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """b as PEFT's A `[experts · r, out]`, a as its B `[in, r · experts]`."""
+        return super().packed("b" if name == "a" else "a", tensor.transpose(1, 2))
+
+    def unpacked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The other way."""
+        count, rank = self.site.experts, self.rank
+        if name == "b" and tensor.shape == (count * rank, self.site.out):
+            return tensor.unflatten(0, (count, rank)).transpose(1, 2).contiguous()
+        if name == "a" and tensor.shape == (self.site.inp, rank * count):
+            return tensor.unflatten(1, (rank, count)).permute(2, 1, 0).contiguous()
+        return tensor

@@ -21,9 +21,11 @@ from surgeon.errors import CheckFailed, UnsupportedError, UsageError
 from surgeon.fold import Fold, folds, rest
 from surgeon.graph import Graph, path_of, tag
 from surgeon.passes.base import Adapter
+from surgeon.peft_keys import adapter_key, below, lone_projection, module_sites, target_parameters, wrappers
 from surgeon.peft_targets import target_modules
 from surgeon.peft_values import put_all, take
 from surgeon.safetensors_file import header_bytes, read_shard
+from surgeon.sites import sites
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 ROOT = "base_model."
@@ -108,22 +110,23 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 def keys(graph: Graph, owner: str, step: Adapter) -> dict[str, str]:
     """Full name of a tensor an adapter owns or trains → its key in PEFT's file, where it has one of its own."""
     found: dict[str, str] = {}
-    sites = adapted(graph, owner)
-    for item in sites:
+    items = adapted(graph, owner)
+    sites, order = [item.site for item in items], {name: number for number, name in enumerate(graph.tensors)}
+    for item in items:
         for param, key in item.step.peft_keys(item.site).items():
             own = item.site.tensor(owner, param)
-            found[own if own in graph.tensors else f"{owner}.{param}"] = ROOT + key
-    paths = {item.site.path for item in sites}
+            full = adapter_key(key, item.site, sites, order)
+            found[own if own in graph.tensors else f"{owner}.{param}"] = ROOT + full
+    around = {} if step.peft_prompt else wrappers(sites)
     for name in replaced.names(graph, owner, step):
-        found[name] = _base_key(name, step, paths)
+        found[name] = _base_prefix(step) + below(name, around)
     return found
 
 
-def _base_key(name: str, step: Adapter, adapted_paths: set[str]) -> str:
-    """PEFT's key of a tensor of the base, which lies below `base_layer` where its module is adapted."""
-    module, _, leaf = name.rpartition(".")
-    below = "base_layer." if module in adapted_paths and not step.peft_prompt else ""
-    return f"{_base_prefix(step)}{module}.{below}{leaf}"
+def _own(graph: Graph, owner: str) -> dict[str, tuple[Fold, str]]:
+    """Full name of a tensor of one site of an adapter → that site, and the tensor's name there."""
+    items = adapted(graph, owner)
+    return {item.site.tensor(owner, param): (item, param) for item in items for param in item.step.peft_keys(item.site)}
 
 
 def _base_prefix(step: Adapter) -> str:
@@ -143,6 +146,8 @@ def unfit(graph: Graph, owner: str, step: Adapter) -> str:
     if step.peft_prompt and graph.task not in TASK_TYPES:
         return f"PEFT has no model for {graph.task} with virtual tokens"
     found = adapted(graph, owner)
+    if path := lone_projection([item.site for item in found], sites(graph)):
+        return f"it adapts both projections of {path}, or none"
     reason = step.peft_unfit(graph.task)
     return reason or (peft_prompts.unfit(graph, found) if step.peft_prompt else "")
 
@@ -157,10 +162,13 @@ def write_adapter(graph: Graph, owner: str, step: Adapter, folder: Path) -> None
         raise UnsupportedError(f"{step.name} has no form in PEFT: {reason}", str(folder), "keep surgeon's work folder")
     names = keys(graph, owner, step)
     if step.peft_prompt:
-        names.update({name: _base_key(name, step, set()) for name in _head(graph, step)})
-    tensors = {}
+        names.update({name: _base_prefix(step) + name for name in _head(graph, step)})
+    tensors, own = {}, _own(graph, owner)
     for name, key in names.items():
         value = graph.inserted[name]() if name in graph.inserted else graph.values[name]
+        if name in own:
+            item, param = own[name]
+            value = item.step.packed(param, value, item.site)
         tensors[key] = value if not graph.tensors[name].owner else value.float()
     if step.peft_prompt:
         tensors[peft_prompts.KEY] = peft_prompts.table(graph, adapted(graph, owner))
@@ -183,7 +191,7 @@ def peft_config(graph: Graph, owner: str, step: Adapter) -> dict[str, Any]:
             "bias": {"none": "none", "sites": step.peft_bias, "all": "all"}[step.bias],
             "layers_pattern": None,
             "layers_to_transform": None,
-            "target_modules": target_modules([site.path for site in sites], _modules(graph)),
+            "target_modules": target_modules(module_sites(sites), _modules(graph)),
         }
     # PEFT insists on a saved head for these tasks; without a task it loads the adapter alone.
     lacks_head = graph.task in HEADS and not any(path.rpartition(".")[2] in HEADS[graph.task] for path in heads)
@@ -202,6 +210,7 @@ def peft_config(graph: Graph, owner: str, step: Adapter) -> dict[str, Any]:
         "task_type": task_type,
         **own,
         **step.peft_config(sites),
+        **({"target_parameters": parameters} if (parameters := target_parameters(sites, graph)) else {}),
     }
 
 
@@ -238,7 +247,11 @@ def fill(graph: Graph, owner: str, step: Adapter, tensors: dict[str, torch.Tenso
     left = dict(tensors)
     if step.peft_prompt:
         peft_prompts.fill(graph, adapted(graph, owner), take(left, peft_prompts.KEY, where), where)
-    put_all(graph, keys(graph, owner, step), left, _base_prefix(step), where)
+    names = keys(graph, owner, step)
+    for name, (item, param) in _own(graph, owner).items():
+        if names[name] in left:
+            left[names[name]] = item.step.unpacked(param, left[names[name]], item.site)
+    put_all(graph, names, left, _base_prefix(step), where)
 
 
 def check(graph: Graph, owner: str, tensors: dict[str, torch.Tensor], where: Path) -> None:

@@ -15,7 +15,8 @@ from surgeon.labels import LABELLED, placeholders
 from surgeon.passes import find_peft
 from surgeon.passes.base import Adapter
 from surgeon.peft_files import CONFIG, TASK_TYPES, WEIGHTS, fill, read_config, read_tensors
-from surgeon.peft_targets import ALL_LINEAR, targeted
+from surgeon.peft_keys import targeted_sites
+from surgeon.peft_targets import ALL_LINEAR
 from surgeon.run import apply, chosen_sites
 from surgeon.sites import sites
 from surgeon.source import open_graph, open_source
@@ -31,7 +32,7 @@ _KNOWN = (
     "projection_prng_key", "save_projection", "num_virtual_tokens", "token_dim", "num_transformer_submodules",
     "num_attention_heads", "num_layers", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
     "tokenizer_kwargs", "prefix_projection", "encoder_reparameterization_type", "encoder_hidden_size",
-    "encoder_num_layers", "encoder_dropout",
+    "target_parameters", "encoder_num_layers", "encoder_dropout",
 )  # fmt: skip
 
 
@@ -94,8 +95,7 @@ def describe(graph: Graph, method: type[Adapter], config: Mapping[str, Any]) -> 
     targets = config.get("target_modules")
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         return dataclasses.replace(step, targets=ALL_LINEAR)
-    paths = [site.path for site in sites(graph, *method.kinds)]
-    wanted = targeted(config, paths)
+    wanted = targeted_sites(config, sites(graph, *method.kinds))
     if not wanted:
         what = f"the adapter targets no module of {graph.config.model_type}"
         raise UsageError(what, str(targets)[:200], "name its own base with --base")
@@ -107,7 +107,9 @@ def _simple(graph: Graph, step: Adapter, config: Mapping[str, Any], wanted: list
     excluded = config.get("exclude_modules")
     exclude = _pattern(excluded, None) if excluded else ""
     try:
-        made = dataclasses.replace(step, targets=_pattern(config["target_modules"], wanted), exclude=exclude)
+        parameters = [f"*.{name}" for name in config.get("target_parameters") or []]
+        named = _pattern(config.get("target_modules") or [], wanted)
+        made = dataclasses.replace(step, targets=",".join(filter(None, [named, *parameters])), exclude=exclude)
         chosen, skipped = chosen_sites(graph, made)
     except SurgeonError:
         return None
