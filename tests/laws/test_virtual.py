@@ -57,6 +57,22 @@ def composed(base: Graph, first: str, second: str) -> Graph | None:
     return None
 
 
+def rounding(graph: Graph) -> float:
+    """How far the outputs move, in fp64, when every weight of the base moves by half a unit of fp32's last place.
+
+    Large values of a prefix saturate a softmax, and what stands behind it makes much of the last bit: BART a hundred
+    times as much as others. A merge rounds each weight once, and may not do worse than a few such moves.
+    """
+    generator, moved = torch.Generator().manual_seed(0), {}
+    for name, spec in graph.tensors.items():
+        if not spec.owner and (value := graph.values[name]).is_floating_point():
+            up = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
+            moved[name] = value.double() * (1 + up * 2.0**-24)
+    values = {name: graph.values[name] for name in graph.tensors if name not in moved and name in graph.values} | moved
+    exact, other = (outputs_of(g, dtype=torch.float64) for g in (graph, dataclasses.replace(graph, values=values)))
+    return float((other - exact).abs().max() / exact.abs().max())
+
+
 @everywhere
 def test_it_changes_the_model_and_leaves_its_shapes(name: str, family: str) -> None:
     base, graph = graph_of(family), applied(name, family)
@@ -161,10 +177,12 @@ def test_what_folds_beside_it_folds_and_it_stays(first: str, second: str) -> Non
         both = composed(base, first, second)
         if both is None:
             continue
-        both = randomised(both, std=0.05)
+        both = randomised(both)
         assert [step.name for step in both.applied] == [first, second]
         merged = fold.fold(both)
-        assert close(outputs_of(merged), outputs_of(both))
+        exact = outputs_of(both, dtype=torch.float64)
+        error = (outputs_of(merged, dtype=torch.float64) - exact).abs().max() / exact.abs().max()
+        assert error <= 2e-6 or error <= 16 * rounding(merged)
         assert merged.text() == applied(stays, family).text() == fold.without(both, {folds}).text()
         assert fold.without(both, {stays}).text() == run.apply(base, small(folds)).text()
 
