@@ -4,7 +4,8 @@ Four rewrites, on a copy of the graph just before it becomes Python (see `surgeo
 
 - equal operators on equal inputs run once (q, k and v read A x of a shared A from one product);
 - a frozen linear with a low-rank bypass, x Wᵀ + s (x Aᵀ) Bᵀ, is one operator, and all that read one x share it: x is
-  kept once, A's are one matrix, and the sums are accumulated by the products (see `bypassed`);
+  kept once, A's are one matrix, and the sums are accumulated by the products (see `bypassed`); with dropout every
+  bypass has its own mask, one byte per input;
 - x / rms(x) keeps x and one number per row;
 - act(gate) · up keeps gate and up, and computes act(gate) again in the backward pass.
 
@@ -78,7 +79,7 @@ def _hashable(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Bypass:
-    """The nodes of y = x Wᵀ + bias + scale · (x Aᵀ) Bᵀ."""
+    """The nodes of y = x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ."""
 
     total: fx.Node
     base: fx.Node
@@ -87,6 +88,7 @@ class _Bypass:
     a: fx.Node
     b: fx.Node
     scale: float
+    drop: float
 
 
 def fuse_bypasses(graph: fx.Graph) -> None:
@@ -99,11 +101,14 @@ def fuse_bypasses(graph: fx.Graph) -> None:
     for x, group in by_input.items():
         with graph.inserting_before(group[0].base):
             tensors = [_again(graph, n) for one in group for n in (one.weight, one.bias, one.a, one.b)]
-            call = graph.call_function(bypassed, (x, tuple(one.scale for one in group), *tensors))
+            scales, drops = tuple(one.scale for one in group), tuple(one.drop for one in group)
+            call = graph.call_function(bypassed, (x, scales, drops, *tensors))
             results = [graph.call_function(_item, (call, i)) for i in range(len(group))]
         for one, result in zip(group, results, strict=True):
             one.total.replace_all_uses_with(result)
     sweep(graph)
+    for node in [n for n in graph.nodes if n.target is aten.dropout.default and not n.users]:
+        graph.erase_node(node)  # the sweep keeps what draws random numbers; the operator draws them now
 
 
 def _item(values: tuple[torch.Tensor, ...], index: int) -> torch.Tensor:
@@ -135,14 +140,24 @@ def _bypass(total: fx.Node) -> _Bypass | None:
     if not _only(high, aten.linear.default) or not isinstance(scale, (int, float)):
         return None
     low = high.args[0]
-    if not _only(low, aten.linear.default) or low.args[0] is not base.args[0]:
+    if not _only(low, aten.linear.default):
+        return None
+    x, drop = _undropped(low.args[0])
+    if x is not base.args[0]:
         return None
     a, b, (weight, *rest) = low.args[1:], high.args[1:], base.args[1:]
     bias = rest[0] if rest else None
     frozen = [weight] if bias is None else [weight, bias]
     if len(a) > 1 or len(b) > 1 or any(n.op != "get_attr" for n in frozen) or not all(map(_is_held, (*a, *b))):
         return None
-    return _Bypass(total, base, weight, bias, a[0], b[0], float(scale))
+    return _Bypass(total, base, weight, bias, a[0], b[0], float(scale), drop)
+
+
+def _undropped(x: Any) -> tuple[Any, float]:
+    """What a dropout that one node reads is of, and its probability."""
+    if _only(x, aten.dropout.default) and x.args[2] is True:
+        return x.args[0], float(x.args[1])
+    return x, 0.0
 
 
 def fuse_norms(graph: fx.Graph) -> None:

@@ -5,6 +5,8 @@ Differentiable once; the results are those of the parts up to rounding, also und
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,42 +16,45 @@ from torch.autograd.function import once_differentiable
 aten = torch.ops.aten
 
 
-def bypassed(x: Tensor, scales: tuple[float, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """y_i = x W_iᵀ + bias_i + s_i (x A_iᵀ) B_iᵀ for several frozen linears with a low-rank bypass on one input.
+def bypassed(x: Tensor, scales: tuple[float, ...], drops: tuple[float, ...], *tensors: Tensor | None) -> Any:
+    """y_i = x W_iᵀ + bias_i + s_i (drop_i(x) A_iᵀ) B_iᵀ for several frozen linears with a low-rank bypass on one input.
 
     Args:
         x: `[.., in]`.
         scales: s_i.
+        drops: probability of dropping an input of the bypass; every one draws its own, as dropout of its own would.
         tensors: W_i `[out_i, in]`, bias_i `[out_i]` or None, A_i `[r_i, in]`, B_i `[out_i, r_i]`, for each i in turn.
 
     Returns:
-        y_i `[.., out_i]`, in the autocast dtype or that of x.
+        A tuple of y_i `[.., out_i]`, in the autocast dtype or that of x.
     """
     weights, biases = tensors[0::4], tensors[1::4]
     if any(t is not None and t.requires_grad for t in (*weights, *biases)):
-        return tuple(_composed(x, s, *tensors[4 * i : 4 * i + 4]) for i, s in enumerate(scales))
+        sites = zip(scales, drops, strict=True)
+        return tuple(_composed(x, s, p, *tensors[4 * i : 4 * i + 4]) for i, (s, p) in enumerate(sites))
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     with torch.autocast(device, enabled=False):
-        return tuple(_Bypassed.apply(x, scales, dtype, *tensors))
+        return tuple(_Bypassed.apply(x, scales, drops, dtype, *tensors))
 
 
-def _composed(x: Tensor, scale: float, weight: Any, bias: Tensor | None, a: Any, b: Any) -> Tensor:
+def _composed(x: Tensor, scale: float, drop: float, weight: Any, bias: Tensor | None, a: Any, b: Any) -> Tensor:
     linear = torch.nn.functional.linear
-    return linear(x, weight, bias) + linear(linear(x, a), b) * scale
+    low = linear(torch.nn.functional.dropout(x, drop) if drop else x, a)
+    return linear(x, weight, bias) + linear(low, b) * scale
 
 
 class _Bypassed(torch.autograd.Function):
-    """Keeps x once (in the dtype of the products), x Aᵀ, and no result."""
+    """Keeps x once (in the dtype of the products), drop_i(x) A_iᵀ, which inputs were kept, and no result."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scales: tuple[float, ...], dtype: torch.dtype, *tensors: Any
+        ctx: Any, x: Tensor, scales: tuple[float, ...], drops: tuple[float, ...], dtype: torch.dtype, *tensors: Any
     ) -> tuple[Tensor, ...]:
+        kept = [_kept(x, p) for p in drops]
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        a = torch.cat([t.to(dtype) for t in tensors[2::4]])
-        low = rows @ a.t()
+        low = _down(rows, [t.to(dtype) for t in tensors[2::4]], kept, drops)
         ranks = [t.shape[0] for t in tensors[2::4]]
         results, weights = [], []
         for i, (scale, part) in enumerate(zip(scales, low.split(ranks, 1), strict=True)):
@@ -58,8 +63,8 @@ class _Bypassed(torch.autograd.Function):
             y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(dtype))
             results.append(y.addmm_(part, b.to(dtype).t(), alpha=scale).view(*x.shape[:-1], -1))
             weights.append(weight)
-        ctx.save_for_backward(rows, low, *weights, *tensors[2::4], *tensors[3::4])
-        ctx.scales, ctx.ranks, ctx.shape, ctx.dtype = scales, ranks, x.shape, x.dtype
+        ctx.save_for_backward(rows, low, *weights, *tensors[2::4], *tensors[3::4], *kept)
+        ctx.scales, ctx.drops, ctx.ranks, ctx.shape, ctx.dtype = scales, drops, ranks, x.shape, x.dtype
         return tuple(results)
 
     @staticmethod
@@ -67,24 +72,57 @@ class _Bypassed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         count = len(ctx.scales)
         rows, low, *rest = ctx.saved_tensors
-        weights, a, b = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        weights, a, b, kept = (rest[i * count : (i + 1) * count] for i in range(4))
         flat = [g.reshape(-1, g.shape[-1]) for g in grads]
         with torch.autocast(rows.device.type, enabled=False):
             slopes = [_turned(g, bi.to(g.dtype)).mul_(s) for g, bi, s in zip(flat, b, ctx.scales, strict=True)]
-            below = slopes[0] if count == 1 else torch.cat(slopes)
             grad_x = None
             if ctx.needs_input_grad[0]:
-                grad_x = below.t() @ torch.cat([t.to(below.dtype) for t in a])
+                grad_x = _down_grad_x(slopes, a, kept, ctx.drops)
                 for g, weight in zip(flat, weights, strict=True):
                     grad_x.addmm_(g, weight)
                 grad_x = grad_x.to(ctx.dtype).view(ctx.shape)
-            grad_a = (below @ rows).split(ctx.ranks)
+            grad_a = _down_grad_a(slopes, rows, kept, ctx.drops)
             parts = zip(flat, low.split(ctx.ranks, 1), ctx.scales, strict=True)
             grad_b = [(part.t() @ g).mul_(s).t() for g, part, s in parts]
-        found: list[Any] = [grad_x, None, None]
+        found: list[Any] = [grad_x, None, None, None]
         for i in range(count):
             found += [None, None, grad_a[i].to(a[i].dtype), grad_b[i].to(b[i].dtype)]
         return tuple(found)
+
+
+Kept = list[Tensor | None]
+
+
+def _kept(x: Tensor, drop: float) -> Tensor | None:
+    """Which inputs stay, `[n, in]`, drawn as torch's own dropout draws on a CPU; None for all."""
+    return torch.empty_like(x).bernoulli_(1 - drop).bool().reshape(-1, x.shape[-1]) if drop else None
+
+
+def _down(rows: Tensor, a: list[Tensor], kept: Kept, drops: tuple[float, ...]) -> Tensor:
+    """drop_i(x) A_iᵀ beside one another, `[n, Σ r_i]`: one product where nothing is dropped."""
+    if not any(drops):
+        return rows @ torch.cat(a).t()
+    sites = zip(a, kept, drops, strict=True)
+    return torch.cat([(rows if k is None else rows * k) @ (t / (1 - p)).t() for t, k, p in sites], 1)
+
+
+def _down_grad_x(slopes: list[Tensor], a: list[Tensor], kept: Kept, drops: tuple[float, ...]) -> Tensor:
+    if not any(drops):
+        below = slopes[0] if len(slopes) == 1 else torch.cat(slopes)
+        return below.t() @ torch.cat([t.to(below.dtype) for t in a])
+    parts = [s.t() @ (t.to(s.dtype) / (1 - p)) for s, t, p in zip(slopes, a, drops, strict=True)]
+    for part, k in zip(parts, kept, strict=True):
+        if k is not None:
+            part.mul_(k)
+    return functools.reduce(Tensor.add_, parts)
+
+
+def _down_grad_a(slopes: list[Tensor], rows: Tensor, kept: Kept, drops: tuple[float, ...]) -> Sequence[Tensor]:
+    if not any(drops):
+        return (slopes[0] if len(slopes) == 1 else torch.cat(slopes)).mm(rows).split([len(s) for s in slopes])
+    sites = zip(slopes, kept, drops, strict=True)
+    return [(s @ (rows if k is None else rows * k)).div_(1 - p) for s, k, p in sites]
 
 
 def _turned(g: Tensor, b: Tensor) -> Tensor:

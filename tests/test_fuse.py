@@ -118,12 +118,23 @@ def test_a_shared_projection_runs_once_per_input(bases: dict[str, Path]) -> None
     assert linears(layer) - linears(fused(layer)) == 3
 
 
-def test_dropouts_stay_apart(bases: dict[str, Path]) -> None:
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_dropout_is_in_the_operator_with_a_mask_for_every_site(
+    bases: dict[str, Path], bf16: bool, request: pytest.FixtureRequest
+) -> None:
+    """The numbers drawn are those of the graph's own dropouts, site by site."""
     model = moved(bases["llama"], "lora", rank=4, dropout=0.5)
     layer = next(iter(model.graph.layers.values()))
-    drops = [node for node in fused(layer).nodes if node.target is torch.ops.aten.dropout.default]
-    assert len(drops) == 7
-    assert step(model)[0] == step(model)[0]
+    names = [getattr(node.target, "__name__", "") for node in fused(layer).nodes]
+    assert names.count("bypassed") == 4
+    assert not any("dropout" in name for name in names)
+    loss, grads = step(model, bf16)
+    assert step(model, bf16)[0] == loss
+    expected_loss, expected = unfused(model, request, bf16)
+    assert loss == pytest.approx(expected_loss, rel=2e-3 if bf16 else 1e-6)
+    for name, grad in grads.items() if not bf16 else ():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6)
+    assert loss != pytest.approx(step(moved(bases["llama"], "lora", rank=4))[0], rel=1e-4)
 
 
 def test_evaluation_runs_the_graph_bit_for_bit(bases: dict[str, Path]) -> None:
@@ -137,7 +148,7 @@ def test_evaluation_runs_the_graph_bit_for_bit(bases: dict[str, Path]) -> None:
 def test_a_trained_weight_beside_a_bypass_keeps_its_gradient() -> None:
     x, w = torch.randn(3, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     a, b = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 5), (4, 2)))
-    bypassed(x, (0.5,), w, None, a, b)[0].sum().backward()
+    bypassed(x, (0.5,), (0.0,), w, None, a, b)[0].sum().backward()
     assert w.grad is not None
     torch.testing.assert_close(w.grad, x.sum(0).expand(4, 5))
 
@@ -150,7 +161,7 @@ def test_operators_in_fp64() -> None:
     w1, w2, bias = (t.detach() for t in (leaf(4, 5), leaf(6, 5), leaf(6)))
 
     def run(x: torch.Tensor, *t: torch.Tensor) -> Any:
-        return bypassed(x, (0.5, 2.0), w1, None, t[0], t[1], w2, bias, t[2], t[3])
+        return bypassed(x, (0.5, 2.0), (0.0, 0.0), w1, None, t[0], t[1], w2, bias, t[2], t[3])
 
     t = (leaf(2, 5), leaf(4, 2), leaf(3, 5), leaf(6, 3))
     first, second = run(x, *t)
