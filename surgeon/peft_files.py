@@ -125,8 +125,9 @@ def keys(graph: Graph, owner: str, step: Adapter) -> dict[str, str]:
 
 def _own(graph: Graph, owner: str) -> dict[str, tuple[Fold, str]]:
     """Full name of a tensor of one site of an adapter → that site, and the tensor's name there."""
-    items = adapted(graph, owner)
-    return {item.site.tensor(owner, param): (item, param) for item in items for param in item.step.peft_keys(item.site)}
+    named = [(item, param) for item in adapted(graph, owner) for param in item.step.peft_keys(item.site)]
+    own = {item.site.tensor(owner, param): (item, param) for item, param in named}
+    return {name: place for name, place in own.items() if name in graph.tensors}
 
 
 def _base_prefix(step: Adapter) -> str:
