@@ -12,7 +12,7 @@ from surgeon.graph import Graph
 from surgeon.sites import Site, argument_of, has_argument
 
 aten = torch.ops.aten
-FLOOR = 1e-18  # ε of a gate: no sum of exponentials feels it, and its square is a normal number in fp32 and bf16
+FLOOR = 1e-18  # ε of a gate: no sum of exponentials feels it, and its square is a normal number in fp32
 
 
 def attach(
@@ -78,19 +78,24 @@ def _unbiased(edit: Edit, bias: fx.Node, count: int, added: fx.Node | None) -> f
 
 
 def gate(edit: Edit, gates: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """log a and g / a with a = √(g² + ε²), of gates g `[h_kv, p]`: added to scores `[1, h, 1, p]`, factor on values."""
-    size = edit.call(aten.sqrt.default, edit.call(aten.add.Tensor, edit.mul(gates, gates), FLOOR**2))
-    log, site = edit.call(aten.log.default, size), edit.site
+    """log a and g / a with a = √(g² + ε²), of gates g `[h_kv, p]`: added to scores `[1, h, 1, p]`, factor on values.
+
+    Computed in fp32, because fp16 has no ε. A closed gate learns in fp32 and bf16 alone: its columns' share of attention
+    is 0 in fp16.
+    """
+    wide = edit.call(aten.to.dtype, gates, torch.float32)
+    size = edit.call(aten.sqrt.default, edit.call(aten.add.Tensor, edit.mul(wide, wide), FLOOR**2))
+    log, site = edit.call(aten.type_as.default, edit.call(aten.log.default, size), gates), edit.site
     if site.queries != site.heads:
         log = edit.call(aten.repeat_interleave.self_int, log, site.queries // site.heads, 0)
     added = edit.call(aten.view.default, log, [1, site.queries, 1, log.meta["val"].shape[-1]])
-    return added, edit.call(aten.div.Tensor, gates, size)
+    return added, edit.call(aten.type_as.default, edit.call(aten.div.Tensor, wide, size), gates)
 
 
 def gate_of(gates: torch.Tensor, site: Site) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of a trained gate: `[h, p]`, and the factor `[h_kv, p, 1]`."""
-    size = (gates**2 + FLOOR**2).sqrt()
-    return size.log().repeat_interleave(site.queries // site.heads, 0), (gates / size)[..., None]
+    size = (gates.float() ** 2 + FLOOR**2).sqrt()
+    return size.log().repeat_interleave(site.queries // site.heads, 0), (gates.float() / size)[..., None]
 
 
 def shares_biases(graph: Graph, *, every: bool) -> bool:

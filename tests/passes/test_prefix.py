@@ -13,7 +13,7 @@ from torch import fx
 from transformers import AttentionInterface
 
 from benchmarks.zoo.causal import causal_config
-from benchmarks.zoo.graphs import graph_of, inputs_of, model_of, randomised
+from benchmarks.zoo.graphs import graph_of, inputs_of, model_of, outputs_of, randomised
 from surgeon import fold, positions, run
 from surgeon.capture import capture_config
 from surgeon.errors import SurgeonError, UnsupportedError, UsageError
@@ -99,6 +99,14 @@ def test_behind_a_closed_gate_it_is_the_base_and_learns(family: str) -> None:
     assert len(gates) == len(sites(base, ATTENTION))
     assert all(bool(model.get_parameter(name).grad.abs().max() > 1e-6) for name in gates)
     assert fold.without(graph, {"prefix"}).text() == base.text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gates_are_computed_in_any_dtype(dtype: torch.dtype) -> None:
+    base, graph = graph_of("llama"), prefixed("llama", init="gated")
+    for one, other in ((graph, base), (randomised(graph), randomised(graph))):
+        found, expected = outputs_of(one, dtype=dtype).float(), outputs_of(other)
+        assert (found - expected).abs().max() <= 20 * torch.finfo(dtype).eps * expected.abs().max()
 
 
 def test_the_gradient_of_a_closed_gate_is_that_of_the_numerator() -> None:
