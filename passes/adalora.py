@@ -80,6 +80,8 @@ class AdaLora(Lora):
             )
         if self.rslora:
             raise UsageError("adalora's scale is alpha / rank", "--rslora", "leave it out, or use lora")
+        if self.parts:
+            raise UsageError("adalora has one bypass for a whole projection", "--parts", "leave it out, or use lora")
         if not 0 <= self.target_rank <= self.rank:
             what = f"adalora: target_rank {self.target_rank} is not between 0 and rank {self.rank}"
             raise UsageError(what, "--target-rank", "a target of at most the rank; 0 is two thirds of it")

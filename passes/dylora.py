@@ -93,7 +93,9 @@ class DyLora(Lora):
         from surgeon.normal import Normal
 
         count = int((params[ACTIVE] != 0).sum())
-        return Normal(self.scale_at(count), params["a"][..., :count, :], params["b"][..., :count])
+        made = dataclasses.replace(self.bypass(site), rank=count)
+        a, b = made.normal(params["a"][..., :count, :], params["b"][..., :count])
+        return Normal(self.scale_at(count), a, b)
 
     def scale_at(self, rank: int) -> float:
         """alpha / b, or alpha / √b."""
