@@ -86,8 +86,10 @@ def totals(plan: Plan) -> dict[str, str]:
     stored = f"{output.size(plan.bytes.adapter)} · {plan.stored_parameters:,} numbers in fp32"
     flops = plan.flops_per_token
     added = 100 * flops.adapter / max(flops.base, 1)
+    size = output.size(plan.bytes.base)
+    size += f", in memory {output.size(plan.bytes.memory)}" if plan.bytes.memory != plan.bytes.base else ""
     return {
-        "model": f"{plan.model}, {plan.task} · {plan.base_parameters:,} parameters · {output.size(plan.bytes.base)}",
+        "model": f"{plan.model}, {plan.task} · {plan.base_parameters:,} parameters · {size}",
         "trains": f"{plan.trainable_parameters:,} parameters ({share:.3g} %) at {plan.site_count} sites",
         "stored": f"{stored}, {plan.frozen_parameters:,} of them frozen" if plan.frozen_parameters else stored,
         "training": f"{output.size(plan.bytes.training)} for weights, gradients and AdamW; activations come on top",

@@ -46,6 +46,8 @@ class Cost:
         trained: parameters that training changes.
         frozen: numbers that are kept in memory beside those.
         stored: numbers in the adapter's file.
+        freed: weights of the base that codes stand for, in their place.
+        held: bytes of those codes and what belongs to them.
         flops: of a forward pass per token, 2 per multiply-add of a matrix; elementwise operators are not counted.
         span: positions that a token sees at this attention while it trains; 0 leaves them as they are.
     """
@@ -54,6 +56,8 @@ class Cost:
     trained: int = 0
     frozen: int = 0
     stored: int = 0
+    freed: int = 0
+    held: int = 0
     flops: int = 0
     span: int = 0
 
@@ -68,6 +72,7 @@ class Pass:
         stacks: whether it may be applied to a graph that already has it.
         kinds: kinds of site it works on.
         offered: whether users apply it by its name; the others are surgeon's own.
+        derived: whether what it inserts follows from the base and its options, and is made anew rather than stored.
         learning_rate: AdamW's, where the user names none.
     """
 
@@ -76,6 +81,7 @@ class Pass:
     stacks: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ()
     offered: ClassVar[bool] = False
+    derived: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 2e-4
 
     def fitted(self, graph: Graph) -> Pass:

@@ -34,6 +34,7 @@ class Quantiser(Pass):
     keeps: ClassVar[str] = "changes"
     stacks: ClassVar[bool] = False
     offered: ClassVar[bool] = True
+    derived: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D)
     targets: str = "all-linear"
     exclude: str = ""
@@ -105,8 +106,14 @@ class Quantiser(Pass):
         return sites(graph, *self.kinds)
 
     def cost(self, site: Site) -> Cost:
-        """No parameters; what it saves is in the bytes."""
-        return Cost()
+        """No parameters; bytes of codes in the place of a weight."""
+        import math
+
+        import torch
+
+        parts = self.parts(site)
+        held = sum(math.prod(part.shape) * (part.dtype or torch.float32).itemsize for part in parts)
+        return Cost(freed=site.inp * site.out, held=held)
 
 
 def _decoded(step: Quantiser, site: Site, parts: dict[str, torch.Tensor]) -> torch.Tensor:

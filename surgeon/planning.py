@@ -50,13 +50,15 @@ class Bytes:
 
     Attributes:
         base: the base model on disk, in its own dtype.
+        memory: the base model in memory: where a method holds weights in codes, those.
         adapter: what the methods store, in fp32.
         gradients: 4 per trained parameter.
         optimizer: AdamW's two moments, 8 per trained parameter.
-        training: base, 4 per number that the methods hold, gradients and optimizer; activations come on top.
+        training: memory, 4 per number that the methods hold, gradients and optimizer; activations come on top.
     """
 
     base: int
+    memory: int
     adapter: int
     gradients: int
     optimizer: int
@@ -186,7 +188,7 @@ def _summary(
         site_count=len(planned),
         sites=tuple(planned),
         skipped=tuple(skipped),
-        bytes=_bytes(graph, trained, frozen, stored),
+        bytes=_bytes(graph, trained, frozen, stored, costs),
         flops_per_token=flops,
         flops_per_text=text_flops(graph, length, flops.forward, spans) if length else None,
         notes=graph.notes,
@@ -200,13 +202,20 @@ def base_parameters(graph: Graph) -> int:
 
 def base_bytes(graph: Graph) -> int:
     """What the base model's parameters and stored buffers take in the dtype its config names, else fp32."""
-    dtype = getattr(graph.config, "dtype", None)
-    width = dtype.itemsize if isinstance(dtype, torch.dtype) else torch.float32.itemsize
+    width = _width(graph)
     kept = [spec for spec in graph.tensors.values() if spec.persistent and not spec.owner]
     return sum(spec.count * (spec.dtype.itemsize if spec.dtype else width) for spec in kept)
 
 
-def _bytes(graph: Graph, trained: int, frozen: int, stored: int) -> Bytes:
+def _width(graph: Graph) -> int:
+    """Bytes per parameter of the base."""
+    dtype = getattr(graph.config, "dtype", None)
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else torch.float32.itemsize
+
+
+def _bytes(graph: Graph, trained: int, frozen: int, stored: int, costs: list[Cost]) -> Bytes:
     base, inserted = base_bytes(graph), _ADAPTER_BYTES * (trained + frozen)
+    memory = base + sum(cost.held - _width(graph) * cost.freed for cost in costs)
     gradients, optimizer = _ADAPTER_BYTES * trained, _ADAMW_BYTES * trained
-    return Bytes(base, _ADAPTER_BYTES * stored, gradients, optimizer, base + inserted + gradients + optimizer)
+    training = memory + inserted + gradients + optimizer
+    return Bytes(base, memory, _ADAPTER_BYTES * stored, gradients, optimizer, training)

@@ -142,7 +142,7 @@ def _steps(graph: Graph) -> list[Step]:
     formats = {
         owner: "peft" if isinstance(step, Adapter) and not peft_files.unfit(graph, owner, step) else "surgeon"
         for owner, step in owners.items()
-        if owner in stored
+        if owner in stored and not step.derived
     }
     folders = manifest.step_folders(list(formats)) if formats else {}
     return [

@@ -16,6 +16,7 @@ from surgeon.numerics import (
     dequantise_4bit,
     dequantise_absmax,
     dynamic_map,
+    nearest_codes,
     quantise_4bit,
     quantise_absmax,
     thresholds,
@@ -44,6 +45,15 @@ def test_the_thresholds_are_the_midpoints() -> None:
     midpoints, order = thresholds("nf4")
     assert (midpoints - torch.tensor(THRESHOLDS)).abs().max() < 1e-7
     assert order.tolist() == list(range(16))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_codes_are_those_of_a_search(kind: str) -> None:
+    midpoints, order = thresholds(kind)
+    near = midpoints[:, None].double() * (1 + torch.arange(-4, 5) * 3e-8)
+    edges = torch.arange(-1024, 1025)[:, None] / 1024 + torch.arange(-4, 5) * 3e-8
+    values = torch.cat([near.flatten(), edges.flatten(), torch.rand(20000) * 2 - 1]).float().clamp(-1, 1)
+    assert torch.equal(nearest_codes(values, kind), order[torch.bucketize(values, midpoints)])
 
 
 @pytest.mark.parametrize("kind", KINDS)

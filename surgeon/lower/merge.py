@@ -20,6 +20,7 @@ from surgeon.fold import Fold, by_bias, by_weight, fold, folds, normals, stacked
 from surgeon.graph import Graph
 from surgeon.heads import head_config
 from surgeon.lower import rest
+from surgeon.lower.held import held_deltas, held_names
 from surgeon.lower.hf import Derived, MergeReport, write_merged
 from surgeon.lower.stream import Delta, WholeDelta
 from surgeon.normal import Normal
@@ -81,7 +82,9 @@ def merge(
     found, left = folds(graph), rest.left_over(graph)
     groups = by_weight(graph, found)
     broken = untied(graph, groups)
-    deltas, extra = changes(graph, source, groups, broken)
+    held = set(held_names(graph))
+    deltas, extra = changes(graph, source, {name: g for name, g in groups.items() if name not in held}, broken)
+    deltas.update(held_deltas(graph, _weights(graph), groups) if held else {})
     deltas.update(replaced(graph, source))
     fresh = added(graph)
     extra.update(fresh)
@@ -193,7 +196,7 @@ def _normals(graph: Graph, group: list[Fold], name: str) -> list[Normal]:
     site = group[0].site
     return normals(
         group,
-        lambda: site.matrix(graph.values[name].float()),
+        lambda: site.matrix(value_of(graph, name).float()),
         lambda: value_of(graph, site.bias) if site.bias else None,
     )
 
