@@ -74,15 +74,15 @@ class Lora(Adapter):
         for word in self.wanted:
             if word not in ("q", "k", "v"):
                 raise UsageError(f"{self.name}: '{word}' is no part of a projection", "--parts", "q, k or v, e.g. q,v")
+        for name in ("lr_ratio", "lr_embedding"):
+            if not 0 < getattr(self, name) < math.inf:
+                what, flag = f"{self.name}: {name} is {getattr(self, name)}", f"--{name.replace('_', '-')}"
+                raise UsageError(what, flag, "a number above 0; 16 is LoRA+'s ratio")
 
     @property
     def wanted(self) -> tuple[str, ...]:
         """The words of `parts`."""
         return tuple(filter(None, self.parts.replace(" ", ",").split(",")))
-        for name in ("lr_ratio", "lr_embedding"):
-            if not 0 < getattr(self, name) < math.inf:
-                what, flag = f"{self.name}: {name} is {getattr(self, name)}", f"--{name.replace('_', '-')}"
-                raise UsageError(what, flag, "a number above 0; 16 is LoRA+'s ratio")
 
     @property
     def scale(self) -> float:
