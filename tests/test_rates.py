@@ -88,3 +88,10 @@ def test_rates_out_of_range(option: str, value: float) -> None:
     with pytest.raises(UsageError, match=option) as caught:
         make("lora", **{option: value})
     assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("option", ["lr_ratio", "lr_embedding"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf")])
+def test_rates_that_are_none(option: str, value: float) -> None:
+    with pytest.raises(UsageError, match=f"{option} is {value}"):
+        make("lora", **{option: value})
