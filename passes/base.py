@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from surgeon.errors import UsageError, nearest
+from surgeon.peft_form import PeftForm
 
 if TYPE_CHECKING:
     import torch
@@ -169,7 +170,7 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Adapter(Pass):
+class Adapter(PeftForm, Pass):
     """A pass that adds something trainable and has a normal form: `normal` at weights, `columns` at attentions.
 
     Stacked at one site, the later is the outer: it sees the layer as the earlier ones leave it, in the graph (`edit.y`,
@@ -182,24 +183,19 @@ class Adapter(Pass):
         bias: "none", "sites" (the biases of the adapted modules train too) or "all" (every bias of the model).
 
     Class attributes:
-        peft_type: PEFT's name of the method, "" where PEFT has none.
-        peft_bias: PEFT's word for `bias="sites"`.
-        peft_prompt: whether PEFT counts it as prompt learning: no targets, and one tensor for all its sites, made of
-            their `columns` or `rows`.
         folds: whether it folds into weights (`normal`). What does not (`columns`, `rows`) stays an adapter beside
             merged weights.
         changes_bias: whether its normal form has a bias at layers that have one.
+        whole_weight: whether it is at every site that reads its weight, so that weights that are tied stay tied.
         reads_weight: whether what it inserts reads the layer's weight (a norm of it), so that nothing may change that
             weight below it: applied over another adapter it is refused.
     """
 
     offered: ClassVar[bool] = True
-    peft_type: ClassVar[str] = ""
-    peft_bias: ClassVar[str] = ""
-    peft_prompt: ClassVar[bool] = False
     folds: ClassVar[bool] = True
     changes_bias: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
+    whole_weight: ClassVar[bool] = False
     targets: str = "*.{q,v}_proj"
     exclude: str = ""
     modules_to_save: str = ""
@@ -300,40 +296,6 @@ class Adapter(Pass):
     def final(self) -> Adapter:
         """Without what only training needs: made of its `columns` or `rows`, with no reparameterisation or dropout."""
         return self
-
-    def peft_config(self, sites: Sequence[Site]) -> dict[str, Any]:
-        """The method's own fields of PEFT's `adapter_config.json`, for the sites it was applied to."""
-        return {}
-
-    def peft_keys(self, site: Site) -> dict[str, str]:
-        """Names given to `edit.param` and `edit.shared` → keys in PEFT's file, without their prefix `base_model.`."""
-        return {}
-
-    def packed(self, name: str, tensor: torch.Tensor, site: Site) -> torch.Tensor:
-        """A tensor of `edit.param`, by its name there, as PEFT's file lays it out; asked of the pass at a site."""
-        return tensor
-
-    def unpacked(self, name: str, tensor: torch.Tensor, site: Site) -> torch.Tensor:
-        """The other way."""
-        return tensor
-
-    def peft_unfit(self, task: str) -> str:
-        """Why PEFT has no place for what these options do in a model for a task, or "": then our own form is used."""
-        return ""
-
-    @property
-    def peft_lossy(self) -> bool:
-        """Whether PEFT's file holds what the adapter computes and not what it trains: its own tensors go beside it."""
-        return False
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> Adapter:
-        """The pass a PEFT config describes, apart from its targets; `config` holds no field unknown to surgeon.
-
-        Raises:
-            UnsupportedError: the config asks for something this pass does not do; the field is named.
-        """
-        raise UsageError(f"{cls.name} has no form in PEFT")
 
 
 def head_paths(graph: Graph) -> set[str]:

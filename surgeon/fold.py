@@ -118,7 +118,8 @@ def by_weight(graph: Graph, found: list[Fold]) -> dict[str, list[Fold]]:
     """Full name of a weight → the adapters that fold into it.
 
     A weight read at several sites (tied embeddings) is split: where the readers are adapted differently, the reader
-    that is not the weight's own module gets its own copy, under its own name. `untied` lists those names.
+    that is not the weight's own module gets its own copy, under its own name. `untied` lists those names. What nothing
+    but adapters of the whole weight has changed stays one.
 
     Raises:
         UnsupportedError: the second reader has no name of its own to untie it to.
@@ -138,12 +139,26 @@ def by_weight(graph: Graph, found: list[Fold]) -> dict[str, list[Fold]]:
                     "leave one of them out with --exclude",
                 )
         groups.setdefault(name, []).append(fold)
+    for name in dict.fromkeys(graph.ties.values()):
+        tied = [other for other in (name, *graph.ties) if other in groups and graph.resolve(other) == name]
+        if all(_follows(groups[other]) for other in tied):
+            same = [groups.pop(other) for other in tied]
+            groups.update({name: same[0]} if same else {})
     return groups
+
+
+def _follows(group: list[Fold]) -> bool:
+    """Whether these adapters are at every site that reads their weight, so that it stays one weight."""
+    return bool(group) and all(item.step.whole_weight for item in group)
 
 
 def untied(graph: Graph, groups: Mapping[str, list[Fold]]) -> dict[str, str]:
     """Ties that merging breaks: alias → the weight it was. Either side being adapted alone breaks the tie."""
-    return {alias: name for alias, name in graph.ties.items() if alias in groups or name in groups}
+    return {
+        alias: name
+        for alias, name in graph.ties.items()
+        if alias in groups or (name in groups and not _follows(groups[name]))
+    }
 
 
 def by_bias(graph: Graph, found: list[Fold]) -> dict[str, list[Fold]]:

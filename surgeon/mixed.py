@@ -15,6 +15,9 @@ from surgeon.graph import MODEL_DTYPE, copied, tag
 aten = torch.ops.aten
 
 
+_JOINS = (aten.cat.default, aten.where.self, aten.index_copy.default)
+
+
 def with_casts(graph: fx.Graph) -> fx.Graph:
     """The same graph computing in fp32 whatever passes with tensors of their own inserted; itself if there is none."""
     owners = {mark.owner for node in graph.nodes if node.op == "get_attr" and (mark := tag(node))}
@@ -27,7 +30,7 @@ def with_casts(graph: fx.Graph) -> fx.Graph:
         mark = tag(node)
         if mark is None or mark.owner not in owners or node.op != "call_function":
             continue
-        if node.target is aten.cat.default and _join(mixed, node, owners, lowered):
+        if node.target in _JOINS and _join(mixed, node, owners, lowered):
             lowered.add(node)
             continue
         for source in node.all_input_nodes:
@@ -45,7 +48,7 @@ def _is_inserted(node: fx.Node, owners: set[str]) -> bool:
 
 
 def _join(graph: fx.Graph, node: fx.Node, owners: set[str], lowered: set[fx.Node]) -> bool:
-    """Tensors of passes beside the model's own, in its dtype: nothing is computed, and K and V are large."""
+    """Tensors of passes beside the model's own, in its dtype: nothing is computed, and K, V and logits are large."""
     sources = [source for source in node.all_input_nodes if _is_float(source)]
     raised = [source for source in sources if _is_inserted(source, owners) and source not in lowered]
     if len(raised) == len(sources):

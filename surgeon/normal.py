@@ -30,6 +30,33 @@ class Base:
 
 
 @dataclass(frozen=True)
+class Replaced:
+    """Rows or columns of a weight `[out, in]` that others stand for.
+
+    Attributes:
+        axis: −2 for rows (outputs), −1 for columns (inputs: the tokens of an embedding).
+        index: which, `[n]`.
+        values: `[n, in]` or `[out, n]`.
+    """
+
+    axis: int
+    index: torch.Tensor
+    values: torch.Tensor
+
+    def put(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight with them in it, a new one."""
+        return weight.index_copy(self.axis, self.index.to(weight.device), self.values.to(weight))
+
+    def part(self, axis: int, kept: slice) -> Replaced:
+        """What is left of them in a part of the weight's rows or columns."""
+        if axis != self.axis:
+            return dataclasses.replace(self, values=self.values[kept] if axis == -2 else self.values[:, kept])
+        inside = (self.index >= kept.start) & (self.index < kept.stop)
+        values = self.values[inside] if axis == -2 else self.values[:, inside]
+        return Replaced(axis, self.index[inside] - kept.start, values)
+
+
+@dataclass(frozen=True)
 class Normal:
     """One adapter at one linear, in normal form, over the layer as the adapters below it leave it.
 
@@ -44,6 +71,7 @@ class Normal:
         u: factor on the input `[in]`.
         s: factor on the output before the bias `[out]`.
         bias: the bias `[out]` in place of the base's; None keeps it. Only passes that say `changes_bias` have one.
+        replaced: rows or columns of the weight that others stand for, whatever is folded in below.
         group: number of consecutive inputs that are summed into one (QA-LoRA); 1 for none.
     """
 
@@ -55,6 +83,7 @@ class Normal:
     bias: torch.Tensor | None = None
     group: int = 1
     divisor: float = 1.0
+    replaced: Replaced | None = None
 
     def delta(self) -> torch.Tensor | None:
         """scale / divisor · b a `[out, in]` in fp32, groups expanded; None without a and b."""
@@ -75,19 +104,21 @@ class Normal:
             result = result * self.u.to(result.dtype)[..., None, :]
         if self.s is not None:
             result = result * self.s.to(result.dtype)[..., None]
-        return result
+        return result if self.replaced is None else self.replaced.put(result)
 
     def outputs(self, rows: slice) -> Normal:
         """The adapter of some of the outputs."""
         b = None if self.b is None else self.b[..., rows, :]
         s, bias = (None if vector is None else vector[..., rows] for vector in (self.s, self.bias))
-        return dataclasses.replace(self, b=b, s=s, bias=bias)
+        replaced = None if self.replaced is None else self.replaced.part(-2, rows)
+        return dataclasses.replace(self, b=b, s=s, bias=bias, replaced=replaced)
 
     def inputs(self, columns: slice) -> Normal:
         """The adapter of some of the inputs (of a whole number of groups)."""
         a = self.a if self.a is None or self.group == 1 else self.a.repeat_interleave(self.group, -1)
         u = None if self.u is None else self.u[..., columns]
-        return dataclasses.replace(self, a=None if a is None else a[..., columns], u=u, group=1)
+        replaced = None if self.replaced is None else self.replaced.part(-1, columns)
+        return dataclasses.replace(self, a=None if a is None else a[..., columns], u=u, group=1, replaced=replaced)
 
     def experts(self, chosen: slice) -> Normal:
         """The adapter of some of the experts."""
@@ -123,6 +154,8 @@ def compose(outer: Normal, inner: Normal) -> Normal:
         raise UnsupportedError(
             "these adapters scale the same input or output twice", "", "merge them one after another"
         )
+    if outer.replaced is not None or inner.replaced is not None:
+        raise UnsupportedError("rows of the weight are replaced", "", "merge them one after another")
     if outer.group != inner.group and None not in (outer.a, inner.a):
         raise UnsupportedError(
             f"the adapters pool groups of {outer.group} and {inner.group}", "", "merge them in order"

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from surgeon import peft_prompts, replaced
+from surgeon import peft_parts, peft_prompts, replaced
 from surgeon.checkpoint import Checkpoint
 from surgeon.errors import CheckFailed, UnsupportedError, UsageError
 from surgeon.fold import Fold, folds, rest
@@ -130,6 +130,11 @@ def _own(graph: Graph, owner: str) -> dict[str, tuple[Fold, str]]:
     return {name: place for name, place in own.items() if name in graph.tensors}
 
 
+def part_keys(graph: Graph, owner: str, step: Adapter) -> dict[str, str]:
+    """`keys` for an adapter that is part of another one's file."""
+    return {name: peft_parts.key_in_host(key, step) for name, key in keys(graph, owner, step).items()}
+
+
 def _base_prefix(step: Adapter) -> str:
     """PEFT wraps a model that it adapts in place once more than one it gives virtual tokens to."""
     return ROOT if step.peft_prompt else f"{ROOT}model."
@@ -153,8 +158,10 @@ def unfit(graph: Graph, owner: str, step: Adapter) -> str:
     return reason or (peft_prompts.unfit(graph, found) if step.peft_prompt else "")
 
 
-def write_adapter(graph: Graph, owner: str, step: Adapter, folder: Path) -> None:
-    """Write one adapter of a graph in PEFT's format.
+def write_adapter(
+    graph: Graph, owner: str, step: Adapter, folder: Path, parts: Mapping[str, Adapter] | None = None
+) -> None:
+    """Write one adapter of a graph in PEFT's format, with its parts, by their ids (see `surgeon.peft_parts`).
 
     Raises:
         UnsupportedError: it has no form in PEFT.
@@ -162,6 +169,8 @@ def write_adapter(graph: Graph, owner: str, step: Adapter, folder: Path) -> None
     if reason := unfit(graph, owner, step):
         raise UnsupportedError(f"{step.name} has no form in PEFT: {reason}", str(folder), "keep surgeon's work folder")
     names = keys(graph, owner, step)
+    for part, other in (parts or {}).items():
+        names.update(part_keys(graph, part, other))
     if step.peft_prompt:
         names.update({name: _base_prefix(step) + name for name in _head(graph, step)})
     tensors, own = {}, _own(graph, owner)
@@ -175,7 +184,7 @@ def write_adapter(graph: Graph, owner: str, step: Adapter, folder: Path) -> None
         tensors[peft_prompts.KEY] = peft_prompts.table(graph, adapted(graph, owner))
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS, dict(sorted(tensors.items())))
-    text = json.dumps(peft_config(graph, owner, step), indent=2, sort_keys=True)
+    text = json.dumps({**peft_config(graph, owner, step), **peft_parts.fields(parts or {})}, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
@@ -200,7 +209,7 @@ def peft_config(graph: Graph, owner: str, step: Adapter) -> dict[str, Any]:
     architecture = (graph.config.architectures or [None])[0]
     base, revision = base_name(graph.source)
     parent = f"transformers.models.{graph.config.model_type}.modeling_{graph.config.model_type}"
-    return {
+    written = {
         "auto_mapping": None if task_type else {"base_model_class": architecture, "parent_library": parent},
         "base_model_name_or_path": base,
         "inference_mode": True,
@@ -213,6 +222,7 @@ def peft_config(graph: Graph, owner: str, step: Adapter) -> dict[str, Any]:
         **step.peft_config(sites),
         **({"target_parameters": parameters} if (parameters := target_parameters(sites, graph)) else {}),
     }
+    return {name: value for name, value in written.items() if name not in step.peft_lacks}
 
 
 def _heads(graph: Graph) -> list[str]:
@@ -239,8 +249,15 @@ def _modules(graph: Graph) -> set[str]:
     return called | set(replaced.module_paths(graph))
 
 
-def fill(graph: Graph, owner: str, step: Adapter, tensors: dict[str, torch.Tensor], where: Path) -> None:
-    """Put the tensors of a PEFT file into a graph that has the adapter, in place.
+def fill(
+    graph: Graph,
+    owner: str,
+    step: Adapter,
+    tensors: dict[str, torch.Tensor],
+    where: Path,
+    parts: Mapping[str, Adapter] | None = None,
+) -> None:
+    """Put the tensors of a PEFT file into a graph that has the adapter and the `parts` of its file, in place.
 
     Raises:
         UsageError: a key is missing or unexpected, or a tensor has another shape than its place; they are named.
@@ -250,9 +267,22 @@ def fill(graph: Graph, owner: str, step: Adapter, tensors: dict[str, torch.Tenso
         peft_prompts.fill(graph, adapted(graph, owner), take(left, peft_prompts.KEY, where), where)
     names = keys(graph, owner, step)
     for name, (item, param) in _own(graph, owner).items():
-        if names[name] in left:
+        if names.get(name) in left:
             left[names[name]] = item.step.unpacked(param, left[names[name]], item.site)
+    for part, other in (parts or {}).items():
+        names.update(part_keys(graph, part, other))
+    for item in adapted(graph, owner):
+        for key in item.step.peft_copies(item.site):
+            _drop_copy(left, ROOT + key, names.values(), where)
     put_all(graph, names, left, _base_prefix(step), where)
+
+
+def _drop_copy(left: dict[str, torch.Tensor], key: str, own: Collection[str], where: Path) -> None:
+    """Raise UnsupportedError for a copy that is not one of the tensors it should be."""
+    copy = left.pop(key, None)
+    if copy is not None and not any(other in left and torch.equal(left[other], copy) for other in own):
+        what = f"{key} differs from the tensor it is tied to"
+        raise UnsupportedError(what, str(where), "save it again with the tie in place")
 
 
 def check(graph: Graph, owner: str, tensors: dict[str, torch.Tensor], where: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from surgeon import heads, replaced
+from surgeon import heads, peft_parts, replaced
 from surgeon.errors import SurgeonError, UnsupportedError, UsageError
 from surgeon.graph import Graph
 from surgeon.labels import LABELLED, placeholders
@@ -17,7 +17,7 @@ from surgeon.passes.base import Adapter
 from surgeon.peft_files import CONFIG, TASK_TYPES, WEIGHTS, fill, read_config, read_tensors
 from surgeon.peft_keys import targeted_sites
 from surgeon.peft_targets import ALL_LINEAR
-from surgeon.run import apply, chosen_sites
+from surgeon.run import apply, chosen_sites, owners
 from surgeon.sites import sites
 from surgeon.source import open_graph, open_source
 from surgeon.tasks import TASKS
@@ -32,7 +32,7 @@ _KNOWN = (
     "projection_prng_key", "save_projection", "num_virtual_tokens", "token_dim", "num_transformer_submodules",
     "num_attention_heads", "num_layers", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
     "tokenizer_kwargs", "prefix_projection", "encoder_reparameterization_type", "encoder_hidden_size",
-    "target_parameters", "encoder_num_layers", "encoder_dropout",
+    "target_parameters", "encoder_num_layers", "encoder_dropout", "token_indices", "trainable_token_indices",
 )  # fmt: skip
 
 
@@ -64,9 +64,9 @@ def load_adapter(folder: str | Path, base: str | Path | None = None, task: str |
     step = describe(graph, cast(type[Adapter], method), config)
     if step.peft_prompt:
         step = step.saving(graph, heads.trained_in(graph, tensors))
-    graph = apply(graph, step)
-    owner = step.name
-    fill(graph, owner, cast(Adapter, graph.applied[-1]), tensors, folder / WEIGHTS)
+    graph = apply(graph, step, *peft_parts.described(graph, config))
+    (owner, host), *parts = ((owner, cast(Adapter, made)) for owner, made in owners(graph.applied).items())
+    fill(graph, owner, host, tensors, folder / WEIGHTS, dict(parts))
     return graph
 
 
@@ -88,6 +88,8 @@ def describe(graph: Graph, method: type[Adapter], config: Mapping[str, Any]) -> 
     saved = [name for name in config.get("modules_to_save") or [] if _exists(graph, name)]
     if method.peft_prompt:
         return dataclasses.replace(step, modules_to_save=",".join(saved))
+    if config.get("target_modules") is None and not method.peft_bias:
+        return step  # the method knows its place
     bias = {"none": "none", "all": "all", method.peft_bias: "sites"}.get(str(config.get("bias", "none")))
     if bias is None:
         raise UnsupportedError(f"bias = {config['bias']!r} is not supported", CONFIG, "none, all, " + method.peft_bias)

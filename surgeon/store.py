@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from surgeon import card, manifest, passes, peft_files, peft_load, replaced, run, text
+from surgeon import card, manifest, passes, peft_files, peft_load, peft_parts, replaced, run, text
 from surgeon.atomic import atomic_folder
 from surgeon.errors import SurgeonError, UsageError
 from surgeon.graph import Graph
@@ -91,7 +91,7 @@ def save(
         if old is not None:
             _carry(folder, new, {*_OURS, *(step.folder for step in (*old.passes, *steps))})
         for step, applied in zip(steps, graph.applied, strict=True):
-            _write_step(graph, step, applied, new)
+            _write_step(graph, step, applied, new, _parts(graph, steps, step))
         (new / TEXT).write_text(written, encoding="utf-8")
         (new / card.FILE).write_text(card.render(graph, record), encoding="utf-8")
         record.write(new)
@@ -119,7 +119,7 @@ def load(folder: str | Path, base: str | Path | None = None) -> Graph:
     graph = run.apply(graph, *steps, seed=record.seed)
     _check_same(graph, record, folder)
     for step, applied in zip(record.passes, graph.applied, strict=True):
-        _read_step(graph, step, applied, folder)
+        _read_step(graph, step, applied, folder, _parts(graph, record.passes, step))
     return graph
 
 
@@ -144,31 +144,45 @@ def _steps(graph: Graph) -> list[Step]:
         for owner, step in owners.items()
         if owner in stored and not step.derived
     }
-    folders = manifest.step_folders(list(formats)) if formats else {}
+    parts = peft_parts.hosts(owners, [owner for owner, kind in formats.items() if kind == "peft"])
+    apart = [owner for owner in formats if owner not in parts]
+    folders = manifest.step_folders(apart) if apart else {}
     return [
-        Step(owner, step.name, step.options(), folders.get(owner, ""), formats.get(owner, ""))
+        Step(owner, step.name, step.options(), folders.get(parts.get(owner, owner), ""), formats.get(owner, ""))
         for owner, step in owners.items()
     ]
 
 
-def _write_step(graph: Graph, step: Step, applied: Pass, folder: Path) -> None:
+def _parts(graph: Graph, steps: Sequence[Step], host: Step) -> dict[str, Adapter] | None:
+    """The passes whose tensors are in the file of another one, by id; None for one of them."""
+    sharing = [(s, a) for s, a in zip(steps, graph.applied, strict=True) if s.format and s.folder == host.folder]
+    if not sharing or sharing[0][0].id != host.id:
+        return None if host.format else {}
+    return {s.id: a for s, a in sharing[1:] if isinstance(a, Adapter)}
+
+
+def _write_step(graph: Graph, step: Step, applied: Pass, folder: Path, parts: dict[str, Adapter] | None) -> None:
     place = folder / step.folder
+    if parts is None:
+        return
     if step.format == "peft" and isinstance(applied, Adapter):
-        peft_files.write_adapter(graph, step.id, applied, place)
+        peft_files.write_adapter(graph, step.id, applied, place, parts)
     if step.format == "surgeon" or (step.format and _lossy(applied)):
         place.mkdir(exist_ok=True)
         tensors = {name: graph.inserted[name]() for name in _own(graph, step.id, applied)}
         peft_files.write_tensors(place / OWN_WEIGHTS, tensors)
 
 
-def _read_step(graph: Graph, step: Step, applied: Pass, folder: Path) -> None:
+def _read_step(graph: Graph, step: Step, applied: Pass, folder: Path, parts: dict[str, Adapter] | None) -> None:
     place = folder / step.folder
     stored = {}
+    if parts is None:
+        return
     if step.format == "peft" and isinstance(applied, Adapter):
         peft_files.read_config(place)
         stored = peft_files.read_tensors(place / peft_files.WEIGHTS)
         if not _lossy(applied):
-            peft_files.fill(graph, step.id, applied, stored, place / peft_files.WEIGHTS)
+            peft_files.fill(graph, step.id, applied, stored, place / peft_files.WEIGHTS, parts)
     if step.format == "surgeon" or (step.format and _lossy(applied)):
         _read_own(graph, step.id, applied, place / OWN_WEIGHTS)
     if stored and _lossy(applied):
@@ -187,7 +201,7 @@ def _read_own(graph: Graph, owner: str, applied: Pass, file: Path) -> None:
 
 def _own(graph: Graph, owner: str, applied: Pass) -> list[str]:
     """What a pass inserted, and what trains with it."""
-    own = {name for name, spec in graph.tensors.items() if spec.owner == owner}
+    own = {n for n, s in graph.tensors.items() if s.owner == owner and (s.dtype is None or s.dtype.is_floating_point)}
     return sorted(own | set(replaced.names(graph, owner, applied) if isinstance(applied, Adapter) else ()))
 
 

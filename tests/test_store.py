@@ -71,7 +71,7 @@ def test_a_work_folder_opens_to_the_same_graph(tmp_path: Path, monkeypatch: pyte
     assert record["schema"] == 1
     assert record["probes"] == probes
     assert record["passes"] == [
-        {"id": "lora", "name": "lora", "options": graph.applied[0].options() | {"ranks": [], "alphas": []},
+        {"id": "lora", "name": "lora", "options": graph.applied[0].options() | {"ranks": [], "alphas": [], "layouts": []},
          "folder": ".", "format": "peft"}
     ]  # fmt: skip
     assert set(record["versions"]) == {"surgeon", "torch", "transformers"}

@@ -18,7 +18,7 @@ from surgeon.hold import is_held
 from surgeon.model import load_model
 from surgeon.module import load
 from surgeon.passes import PASSES, find, make
-from surgeon.passes.base import Adapter
+from surgeon.passes.base import LINEAR, Adapter
 from surgeon.passes.quantiser import Quantiser
 from surgeon.quantised import WEIGHTS
 from surgeon.sites import sites
@@ -50,7 +50,8 @@ def step_of(kind: str) -> Quantiser:
 
 def adapter(name: str) -> Adapter:
     fields = {field.name for field in dataclasses.fields(find(name))}
-    made = make(name, targets="all-linear", **({"rank": 3} if "rank" in fields else {}))
+    own = {"targets": "all-linear"} if LINEAR in find(name).kinds else {"targets": "", "tokens": "3,4,5"}
+    made = make(name, **own, **({"rank": 3} if "rank" in fields else {}))
     assert isinstance(made, Adapter)
     return made
 

@@ -17,7 +17,7 @@ from surgeon.finalise import finalise
 from surgeon.graph import Graph
 from surgeon.module import load
 from surgeon.passes import PASSES, find, make
-from surgeon.passes.base import Adapter
+from surgeon.passes.base import EMBEDDING, LINEAR, Adapter
 from surgeon.planning import plan
 
 METHODS = {name: kind for name in PASSES if issubclass(kind := find(name), Adapter)}
@@ -26,6 +26,7 @@ FOLDING = [name for name, kind in METHODS.items() if kind.folds]
 WITH_HEAD = ("ptuning_v2",)
 FAMILIES = {name: ("bert",) if name in WITH_HEAD else ("gemma2", "bart", "bert") for name in VIRTUAL}
 CASES = [(name, family) for name in VIRTUAL for family in FAMILIES[name]]
+TOKENS = ",".join(str(int(token)) for token in inputs_of(graph_of("bert"))[0][0, :3])
 every = pytest.mark.parametrize("name", VIRTUAL)
 everywhere = pytest.mark.parametrize(("name", "family"), CASES)
 
@@ -33,8 +34,10 @@ everywhere = pytest.mark.parametrize(("name", "family"), CASES)
 def small(name: str, **options: Any) -> Adapter:
     """The method with options that fit tiny models."""
     fields = {field.name for field in dataclasses.fields(find(name))}
-    sizes = {"tokens": 3, "rank": 3} if name in VIRTUAL else {"rank": 3, "targets": "all-linear"}
+    sizes = {"tokens": 3, "rank": 3} if name in VIRTUAL else {"rank": 3, "targets": "all-linear", "tokens": TOKENS}
     drawn = {"init": "normal"} if name in VIRTUAL else {}
+    if EMBEDDING in find(name).kinds and LINEAR not in find(name).kinds:
+        sizes.pop("targets", None)
     given = {key: value for key, value in {**sizes, **drawn, **options}.items() if key in fields}
     made = make(name, **given)
     assert isinstance(made, Adapter)
