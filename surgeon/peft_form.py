@@ -21,6 +21,7 @@ class PeftForm:
         peft_type: PEFT's name of the method, "" where PEFT has none.
         peft_bias: PEFT's word for `bias="sites"`.
         peft_lacks: fields that other methods have in PEFT's config, and this one has not.
+        peft_kinds: kinds of site that PEFT has the method for; () for all of `kinds`.
         peft_prompt: whether PEFT counts it as prompt learning: no targets, and one tensor for all its sites, made of
             their `columns` or `rows`.
         peft_host: PEFT's name of a method whose file can hold this adapter too (`peft_part`), "" for none.
@@ -30,6 +31,7 @@ class PeftForm:
     peft_type: ClassVar[str] = ""
     peft_bias: ClassVar[str] = ""
     peft_lacks: ClassVar[tuple[str, ...]] = ()
+    peft_kinds: ClassVar[tuple[str, ...]] = ()
     peft_prompt: ClassVar[bool] = False
     peft_host: ClassVar[str] = ""
 
