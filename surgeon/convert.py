@@ -182,10 +182,13 @@ def _change(graph: Graph, group: list[fold.Fold]) -> LowRank | Tensor:
     def weight() -> Tensor:
         return site.matrix(fold.value_of(graph, site.weight).float())
 
-    made = fold.normals(group, weight, lambda: fold.value_of(graph, site.bias) if site.bias else None)
+    read = fold.normals(group, weight, lambda: fold.value_of(graph, site.bias) if site.bias else None)
+    made = [normal.factored() for normal in read]
     if any(normal.bias is not None for normal in made):
         raise UnsupportedError("the adapter changes a bias, and LoRA cannot hold it", site.path, "merge it instead")
-    if all(_factors_alone(normal) for normal in made):
+    products = any(normal.product is not None for normal in read)
+    wide = products and sum(n.a.shape[-2] for n in made if n.a is not None) > min(site.inp, site.out)
+    if all(_factors_alone(normal) for normal in made) and not wide:
         return low_rank.added(
             [
                 LowRank(_expanded(n), n.b.float() * (n.scale / n.divisor))

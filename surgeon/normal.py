@@ -66,6 +66,7 @@ class Normal:
     Attributes:
         scale: kept apart from `b`: (b @ a) · scale is PEFT's order, and folding it first changes the last bit.
         divisor: of the scale, for those whose order is (b @ a) · scale / divisor.
+        product: (a₂, b₂) of the shapes of a and b: b a ⊙ b₂ a₂ stands for b a (LoHa). None for none.
         a: `[r, in]`, or `[r, in / group]`. None for none.
         b: `[out, r]`.
         u: factor on the input `[in]`.
@@ -83,16 +84,29 @@ class Normal:
     bias: torch.Tensor | None = None
     group: int = 1
     divisor: float = 1.0
+    product: tuple[torch.Tensor, torch.Tensor] | None = None
     replaced: Replaced | None = None
 
     def delta(self) -> torch.Tensor | None:
         """scale / divisor · b a `[out, in]` in fp32, groups expanded; None without a and b."""
         if self.a is None or self.b is None:
             return None
-        product = (self.b.float() @ self.a.float()).mul_(self.scale)
+        product = self.b.float() @ self.a.float()
+        if self.product is not None:
+            product.mul_(self.product[1].float() @ self.product[0].float())
+        product.mul_(self.scale)
         if self.divisor != 1:
             product.div_(self.divisor)
         return product.repeat_interleave(self.group, -1) if self.group > 1 else product
+
+    def factored(self) -> Normal:
+        """The same without a product: a `[r², in]` and b `[out, r²]` of the products of all pairs of rows."""
+        if self.product is None or self.a is None or self.b is None:
+            return self
+        a, b = (
+            x.float()[..., :, None, :] * y.float()[..., None, :, :] for x, y in _pairs(self.a, self.b, self.product)
+        )
+        return dataclasses.replace(self, a=a.flatten(-3, -2), b=b.flatten(-3, -2).transpose(-1, -2), product=None)
 
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight `[out, in]` that computes what base and adapter compute together, in fp32 (fp64 stays fp64)."""
@@ -109,21 +123,25 @@ class Normal:
     def outputs(self, rows: slice) -> Normal:
         """The adapter of some of the outputs."""
         b = None if self.b is None else self.b[..., rows, :]
+        product = None if self.product is None else (self.product[0], self.product[1][..., rows, :])
         s, bias = (None if vector is None else vector[..., rows] for vector in (self.s, self.bias))
         replaced = None if self.replaced is None else self.replaced.part(-2, rows)
-        return dataclasses.replace(self, b=b, s=s, bias=bias, replaced=replaced)
+        return dataclasses.replace(self, b=b, s=s, bias=bias, product=product, replaced=replaced)
 
     def inputs(self, columns: slice) -> Normal:
         """The adapter of some of the inputs (of a whole number of groups)."""
         a = self.a if self.a is None or self.group == 1 else self.a.repeat_interleave(self.group, -1)
         u = None if self.u is None else self.u[..., columns]
+        product = None if self.product is None else (self.product[0][..., columns], self.product[1])
         replaced = None if self.replaced is None else self.replaced.part(-1, columns)
-        return dataclasses.replace(self, a=None if a is None else a[..., columns], u=u, group=1, replaced=replaced)
+        a = None if a is None else a[..., columns]
+        return dataclasses.replace(self, a=a, u=u, group=1, product=product, replaced=replaced)
 
     def experts(self, chosen: slice) -> Normal:
         """The adapter of some of the experts."""
         a, b, u, s, bias = (None if t is None else t[chosen] for t in (self.a, self.b, self.u, self.s, self.bias))
-        return dataclasses.replace(self, a=a, b=b, u=u, s=s, bias=bias)
+        product = None if self.product is None else (self.product[0][chosen], self.product[1][chosen])
+        return dataclasses.replace(self, a=a, b=b, u=u, s=s, bias=bias, product=product)
 
 
 @dataclass(frozen=True)
@@ -143,6 +161,13 @@ class Columns:
     windowed: bool = True
 
 
+def _pairs(
+    a: torch.Tensor, b: torch.Tensor, product: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Rows of both a's, and columns of both b's as rows."""
+    return (a, product[0]), (b.transpose(-1, -2), product[1].transpose(-1, -2))
+
+
 def compose(outer: Normal, inner: Normal) -> Normal:
     """One Normal for two stacked adapters that read the same input, `outer` applied to the merge of `inner`.
 
@@ -150,6 +175,7 @@ def compose(outer: Normal, inner: Normal) -> Normal:
         UnsupportedError: there is none: `inner` changes input or output scales that `outer` would have to see, or the
             two pool differently.
     """
+    outer, inner = outer.factored(), inner.factored()
     if outer.u is not None or inner.u is not None or inner.s is not None:
         raise UnsupportedError(
             "these adapters scale the same input or output twice", "", "merge them one after another"

@@ -32,7 +32,8 @@ _KNOWN = (
     "projection_prng_key", "save_projection", "num_virtual_tokens", "token_dim", "num_transformer_submodules",
     "num_attention_heads", "num_layers", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
     "tokenizer_kwargs", "prefix_projection", "encoder_reparameterization_type", "encoder_hidden_size",
-    "target_parameters", "encoder_num_layers", "encoder_dropout", "token_indices", "trainable_token_indices",
+    "target_parameters", "encoder_num_layers", "encoder_dropout", "feedforward_modules", "init_ia3_weights",
+    "token_indices", "trainable_token_indices",
 )  # fmt: skip
 
 
