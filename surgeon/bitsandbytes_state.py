@@ -35,8 +35,15 @@ def is_part(name: str) -> bool:
     return leaf in PARTS or (leaf.startswith("bitsandbytes__") and stem.endswith(".quant_state"))
 
 
-def to_state(name: str, stored: FourBit, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors of one weight by their names; `dtype` is the weight's before it was quantised."""
+def to_state(name: str, stored: FourBit, dtype: torch.dtype, width: int = 0) -> dict[str, torch.Tensor]:
+    """The tensors of one weight by their names.
+
+    Args:
+        name: of the weight.
+        stored: it.
+        dtype: the weight's before it was quantised.
+        width: least number of bytes of the JSON, which blanks fill: the size of the file is then known beforehand.
+    """
     facts: dict[str, Any] = {
         "quant_type": stored.kind,
         "blocksize": stored.block,
@@ -50,9 +57,8 @@ def to_state(name: str, stored: FourBit, dtype: torch.dtype) -> dict[str, torch.
         tensors[f"{name}.nested_quant_map"] = dynamic_map().clone()
         facts |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
         facts["nested_offset"] = stored.nested.offset.item()
-    tensors[f"{name}.{_STATE}{stored.kind}"] = torch.frombuffer(
-        bytearray(json.dumps(facts).encode()), dtype=torch.uint8
-    )
+    written = bytearray(json.dumps(facts).ljust(width).encode())
+    tensors[f"{name}.{_STATE}{stored.kind}"] = torch.frombuffer(written, dtype=torch.uint8)
     return tensors
 
 

@@ -93,7 +93,7 @@ def write_merged(
     with atomic_folder(out_dir, overwrite, need) as folder:
         _stream(files, folder, progress)
         _write_index(checkpoint, files, folder)
-        _copy_auxiliary(checkpoint, folder, _config_changes(checkpoint, config_update, dtype))
+        copy_auxiliary(checkpoint, folder, _config_changes(checkpoint, config_update, dtype))
         if check is not None:
             check(folder)
     return _report(Path(out_dir), files, time.perf_counter() - began)
@@ -208,7 +208,7 @@ def _config_changes(
     return {field: str(dtype).removeprefix("torch."), **(update or {})}
 
 
-def _copy_auxiliary(checkpoint: Checkpoint, folder: Path, changes: Mapping[str, Any]) -> None:
+def copy_auxiliary(checkpoint: Checkpoint, folder: Path, changes: Mapping[str, Any]) -> None:
     """Copy config, tokenizer and templates; never weights, hidden files or the base's model card."""
     for entry in sorted(checkpoint.folder.iterdir()):
         hidden = entry.name.startswith(".") or entry.name in _NOT_COPIED

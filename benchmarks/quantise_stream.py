@@ -1,0 +1,74 @@
+"""Quantising a Llama-2-7B-shaped bf16 checkpoint, streamed: time, peak memory, bytes and bits per weight.
+
+    python -m benchmarks.quantise_stream                 # 32 layers, 13.5 GB: needs 20 GB of disk
+    python -m benchmarks.quantise_stream --layers 2 --method 'intq(bits=3)'
+
+Each method runs in a process of its own; its peak memory is VmHWM, which counts mapped pages, capture and imports too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import merge_stream
+from benchmarks.merge_verified import peak
+
+METHODS = ("nf4", "intq(bits=4, group=32)", "intq(bits=3, group=32)", "intq(bits=2, group=32)")
+
+
+def quantise(base: Path, out: Path, method: str) -> dict[str, Any]:
+    """Quantise in this process."""
+    from surgeon import passes, run
+    from surgeon.lower.quantised import write_quantised
+    from surgeon.source import open_graph, open_source
+
+    began = time.perf_counter()
+    source = open_source(base, "causal-lm")
+    graph = run.apply(open_graph(source), passes.parse(method))
+    opened = time.perf_counter() - began
+    written = write_quantised(graph, source, out)
+    count = sum(graph.tensors[name].count for name in written.quantised)
+    kept = sum(info.nbytes for name, info in source.checkpoint.tensors.items() if name not in written.quantised)
+    return {
+        "method": method,
+        "seconds": round(time.perf_counter() - began, 1),
+        "seconds_to_open": round(opened, 1),
+        "peak_rss_bytes": peak(),
+        "bytes": written.nbytes,
+        "bits_per_weight": round(8 * (written.nbytes - kept) / count, 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--method", action="append")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--child", nargs=3, metavar=("BASE", "OUT", "METHOD"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        base, out, method = args.child
+        print(json.dumps(quantise(Path(base), Path(out), method)))
+        return
+    results = []
+    with tempfile.TemporaryDirectory() as place:
+        base = Path(place, "base")
+        merge_stream.make(base, args.layers)
+        for number, method in enumerate(args.method or METHODS):
+            child = [sys.executable, "-m", "benchmarks.quantise_stream", "--child", str(base), f"{place}/{number}"]
+            done = subprocess.run([*child, method], check=True, capture_output=True, text=True)
+            results.append(json.loads(done.stdout.splitlines()[-1]))
+            print(json.dumps(results[-1]), flush=True)
+    if args.out:
+        args.out.write_text(json.dumps({"layers": args.layers, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

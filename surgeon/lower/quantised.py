@@ -1,0 +1,145 @@
+"""A checkpoint whose linears are quantised, streamed: one weight in memory at a time, whatever the model's size.
+
+NF4 and FP4 are written as transformers saves bitsandbytes' 4-bit models, so `from_pretrained` loads them. Group-wise
+integers are written in surgeon's own form (`surgeon.stored_codes`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgeon import stored_codes
+from surgeon.atomic import atomic_folder, sync
+from surgeon.checkpoint import INDEX, SINGLE
+from surgeon.errors import UnsupportedError, UsageError
+from surgeon.graph import Graph
+from surgeon.lower.hf import copy_auxiliary
+from surgeon.safetensors_file import header_bytes
+from surgeon.source import Source, Values
+
+Layout = tuple[str, torch.dtype, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: the folder, the weights that are in codes, bytes of all tensors."""
+
+    folder: Path
+    quantised: tuple[str, ...]
+    nbytes: int
+
+
+def write_quantised(
+    graph: Graph,
+    source: Source,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Written:
+    """Write the base of `graph` with the weights that are held in codes as those codes.
+
+    Args:
+        graph: a graph over the weights of `source` with one quantiser, and no adapter.
+        source: the base.
+        out: the new folder.
+        overwrite: replace an existing folder.
+        progress: called with (tensor, bytes done, bytes in all).
+
+    Raises:
+        UsageError: nothing is quantised, something else is applied, or a weight is not finite.
+        UnsupportedError: a quantised weight is stored in several parts.
+    """
+    saved = stored_codes.of_graph(graph)
+    held = _stored_names(graph, source)
+    shards = [
+        (shard, [entry for info in shard.tensors for entry in _layouts(info, saved, held.get(info.name, ""))])
+        for shard in source.checkpoint.shards
+    ]
+    total = sum(_size(entry) for _, entries in shards for entry in entries)
+    done = 0
+    weight_map: dict[str, str] = {}
+    with atomic_folder(out, overwrite, total) as folder:
+        for shard, entries in shards:
+            file = folder / shard.file.name
+            with _Writer(file, entries, shard.metadata) as writer:
+                for info in shard.tensors:
+                    for name, tensor in _tensors(info.name, saved, held.get(info.name, ""), source).items():
+                        writer.put(name, tensor)
+                        done += tensor.nbytes
+                        weight_map[name] = file.name
+                    source.checkpoint.release()
+                    if progress is not None:
+                        progress(info.name, done, total)
+            sync(file)
+        if len(shards) > 1 or shards[0][0].file.name != SINGLE:
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        copy_auxiliary(source.checkpoint, folder, {"quantization_config": saved.config(list(held.values()))})
+    return Written(Path(out), tuple(held.values()), total)
+
+
+def _stored_names(graph: Graph, source: Source) -> dict[str, str]:
+    """Stored name → name in the model, of the held weights."""
+    if not isinstance(graph.values, Values):
+        raise UnsupportedError("the graph was not read from a checkpoint", graph.source, "open it with surgeon.load")
+    found = {}
+    for name in (name for name, spec in graph.tensors.items() if spec.held is not None):
+        stored = graph.values.weights.direct(name)
+        if stored is None:
+            what = f"{name} is stored in parts, which cannot be quantised one by one"
+            raise UnsupportedError(what, str(source.folder), "leave it out with --exclude")
+        found[stored] = name
+    return found
+
+
+def _layouts(info: Any, saved: stored_codes.Saved, name: str) -> list[Layout]:
+    return saved.layouts(info.name, name) if name else [(info.name, info.dtype, info.shape)]
+
+
+def _tensors(stored: str, saved: stored_codes.Saved, name: str, source: Source) -> Mapping[str, torch.Tensor]:
+    return saved.tensors(stored, name) if name else {stored: source.checkpoint.read(stored)}
+
+
+def _size(entry: Layout) -> int:
+    return math.prod(entry[2]) * entry[1].itemsize
+
+
+class _Writer:
+    """A safetensors file whose tensors come in any order; wide ones lie first, so that all are aligned."""
+
+    def __init__(self, file: Path, entries: list[Layout], metadata: Mapping[str, str]) -> None:
+        placed = sorted(entries, key=lambda entry: -entry[1].itemsize)
+        header = header_bytes(placed, metadata)
+        self.file, self.header, self.place, position = file, header, {}, len(header)
+        for entry in placed:
+            self.place[entry[0]] = (position, _size(entry))
+            position += _size(entry)
+
+    def __enter__(self) -> _Writer:
+        self.handle = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._write(memoryview(self.header), 0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.handle)
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor where it belongs."""
+        offset, size = self.place[name]
+        if tensor.nbytes != size:
+            raise UsageError(f"{name} takes {tensor.nbytes} bytes, not {size}", str(self.file), "report this")
+        self._write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, offset)
+
+    def _write(self, data: memoryview, offset: int) -> None:
+        while data:
+            count = os.pwrite(self.handle, data, offset)
+            data, offset = data[count:], offset + count
