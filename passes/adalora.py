@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from surgeon.errors import UsageError, nearest
-from surgeon.passes.base import CONV1D, LINEAR, Cost
+from surgeon.passes.base import CONV, CONV1D, LINEAR, Cost
 from surgeon.passes.lora import Lora, _whole
 
 if TYPE_CHECKING:
     import torch
 
+    from surgeon.bypass import Bypass
     from surgeon.edit import Edit
     from surgeon.graph import Graph
     from surgeon.hook import Hook
@@ -58,7 +59,7 @@ class AdaLora(Lora):
 
     name: ClassVar[str] = "adalora"
     peft_type: ClassVar[str] = "ADALORA"
-    kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D)
+    kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D, CONV)
     least_rank: ClassVar[int] = 0
     learning_rate: ClassVar[float] = 1e-3
     rank: int = 12
@@ -114,20 +115,30 @@ class AdaLora(Lora):
         ranks = (("*", count),) if count != self.rank else ()
         return dataclasses.replace(self, ranks=ranks, alpha=self.alpha_at(site.path), alphas=())
 
+    def unfit(self, site: Site) -> str:
+        """A triplet of a convolution in groups would be one of every group."""
+        return "it is a convolution in groups" if site.groups > 1 else super().unfit(site)
+
+    def bypass(self, site: Site) -> Bypass:
+        """With the triplets that are left."""
+        from surgeon.bypass import bypass_at
+
+        return bypass_at(site, self.rank_at(site.path))
+
     def cost(self, site: Site) -> Cost:
         """r (in + out + 1) parameters."""
-        rank = self.rank_at(site.path)
-        count = rank * (site.inp + site.out + 1)
-        return Cost(rank=rank, trained=count, stored=count, flops=2 * rank * (site.inp + site.out))
+        made = self.bypass(site)
+        count = made.parameters + made.rank
+        return Cost(rank=made.rank, trained=count, stored=count, flops=2 * made.macs)
 
     def rewrite(self, edit: Edit, site: Site) -> None:
         """x → dropout → a ⊙ e → b → · s → + y; a ⊙ e needs no x, so that a step costs what LoRA's does."""
-        rank = self.rank_at(site.path)
-        a = edit.param("a", (rank, site.inp), "normal:0.02")
-        e = edit.param("e", (rank, 1), "zeros")
-        b = edit.param("b", (site.out, rank), "normal:0.02")
-        low = edit.linear(edit.dropout(edit.x, self.dropout), edit.mul(a, e))
-        edit.replace(edit.add(edit.y, edit.mul(edit.linear(low, b), self.scale)))
+        made = self.bypass(site)
+        a = edit.param("a", made.a, "normal:0.02")
+        e = edit.param("e", (made.rank, 1), "zeros")
+        b = edit.param("b", made.b, "normal:0.02")
+        low = made.down(edit, edit.dropout(edit.x, self.dropout), edit.mul(a, e))
+        edit.replace(edit.add(edit.y, edit.mul(made.up(edit, low, b), self.scale)))
 
     def normal(self, params: Mapping[str, torch.Tensor], site: Site, base: Base) -> Normal:
         """PEFT's order: b @ (a · e) · alpha / (rank + 1e-5)."""

@@ -46,6 +46,7 @@ class Lora(Adapter):
         parts: of fused projections, those to adapt, `q,v` for example: each with a bypass of `rank` of its own, the
             others with none, as in the paper's code (MergedLinear). Empty: one bypass for all outputs.
         layouts: (pattern, layout) pairs, what `parts` found: which outputs are queries, keys and values.
+        oversized: allow a rank above any that a change of the layer can have, as PEFT does.
     """
 
     name: ClassVar[str] = "lora"
@@ -63,6 +64,7 @@ class Lora(Adapter):
     lr_embedding: float = 1e-6
     parts: str = ""
     layouts: tuple[tuple[str, str], ...] = ()
+    oversized: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,7 +140,7 @@ class Lora(Adapter):
     def unfit(self, site: Site) -> str:
         """Raises UsageError for a rank that no [out, in] matrix has."""
         made = self.at(site).bypass(site)
-        if made.rank > made.limit:
+        if made.rank > made.limit and not self.oversized:
             raise UsageError(
                 f"{self.name}: rank {made.rank} is above the size of the layer",
                 f"{site.path} is [{site.out}, {site.inp}]",
@@ -243,6 +245,7 @@ class Lora(Adapter):
             alpha=float(config.get("lora_alpha", 8)),
             dropout=float(config.get("lora_dropout") or 0),
             rslora=bool(config.get("use_rslora")),
+            oversized=True,
             ranks=tuple((_suffix(key), int(rank)) for key, rank in (config.get("rank_pattern") or {}).items()),
             alphas=tuple((_suffix(key), float(alpha)) for key, alpha in (config.get("alpha_pattern") or {}).items()),
         )
