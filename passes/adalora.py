@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from surgeon.errors import UsageError, nearest
 from surgeon.passes.base import CONV, CONV1D, LINEAR, Cost
-from surgeon.passes.lora import Lora, _whole
+from surgeon.passes.lora import KAIMING, Lora, _whole
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +61,7 @@ class AdaLora(Lora):
     peft_type: ClassVar[str] = "ADALORA"
     kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D, CONV)
     least_rank: ClassVar[int] = 0
+    inits: ClassVar[tuple[str, ...]] = (KAIMING,)
     learning_rate: ClassVar[float] = 1e-3
     rank: int = 12
     target_rank: int = 0

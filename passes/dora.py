@@ -54,7 +54,7 @@ class Dora(Lora):
         x = edit.dropout(edit.x, self.dropout) if drops else edit.x
         weight = edit.call(aten.t.default, edit.weight) if site.transposed else edit.weight
         plain = edit.linear(x, weight) if drops else edit.y
-        a, b = (edit.param(*given) for given in zip("ab", (made.a, made.b), made.first, strict=True))
+        a, b = self.factors(edit, made)
         total = edit.add(plain, edit.mul(made.up(edit, made.down(edit, x, a), b), self.scale))
         gain = edit.call(aten.div.Tensor, edit.param("m", (site.out,), "ones"), self._norm(edit, weight, a, b))
         if drops:
@@ -82,6 +82,7 @@ class Dora(Lora):
 
     def initialise(self, graph: Graph, owner: str, seed: int, tokenizer: Any) -> None:
         """m: the norms of the rows of what the base and the first a and b make together."""
+        super().initialise(graph, owner, seed, tokenizer)
         from surgeon.first_norms import FirstNorms
         from surgeon.fold import value_of
         from surgeon.sites import sites
@@ -89,9 +90,10 @@ class Dora(Lora):
         for site in sites(graph, *self.kinds):
             names = [site.tensor(owner, word) for word in "mab"]
             if names[0] in graph.tensors:
+                scale = 0.0 if self.moves else self.at(site).scale  # what a and b begin with is taken away again
                 first = [graph.inserted[name] for name in names[1:]]
                 weight = functools.partial(value_of, graph, site.weight)
-                graph.inserted[names[0]] = FirstNorms(weight, site, self.at(site).scale, *first)
+                graph.inserted[names[0]] = FirstNorms(weight, site, scale, *first)
 
     def normal(self, params: Mapping[str, torch.Tensor], site: Site, base: Base) -> Normal:
         """LoRA's with the factor m / ‖W + s b a‖ on the output, in PEFT's order."""

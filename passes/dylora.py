@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from surgeon.errors import UsageError, nearest
 from surgeon.hook import Hook
 from surgeon.passes.base import Cost
-from surgeon.passes.lora import Lora
+from surgeon.passes.lora import GAUSSIAN, KAIMING, Lora
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +54,7 @@ class DyLora(Lora):
     """
 
     name: ClassVar[str] = "dylora"
+    inits: ClassVar[tuple[str, ...]] = (KAIMING, GAUSSIAN)
     rank: int = 8
     distribution: str = UNIFORM
     update: str = NESTED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
     from surgeon.sites import Site
 
 T = TypeVar("T")
-# Initialisations that leave the base as it is; the others save an adapter to a base they moved.
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+# PEFT's initialisations that leave the base as it is, and those that move it by what can be computed again.
+_PLAIN_INITS, _MOVING_INITS = (True, False, "gaussian", "eva", "orthogonal"), ("pissa", "olora")
+KAIMING, GAUSSIAN = "kaiming", "gaussian"
+# Of a and b together, at linears (see `surgeon.first_factors`); the first two begin with a part of the weight.
+_PAIRS = ("pissa", "olora", "orthogonal", "loftq")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,9 @@ class Lora(Adapter):
     a: `[rank, in]` ~ U(−1/√in, 1/√in), b: `[out, rank]` = 0, so the model is unchanged until trained. The paper draws a
     from a Gaussian; this is the initialisation of its code and of PEFT. At an embedding a `[rank, vocab]` = 0 and
     b `[out, rank]` ~ N(0, 1).
+
+    With `pissa` and `olora` a and b begin as the leading part of W, which a second pair that does not train takes away
+    again: y = W x + s · (b a − b0 a0) x.
 
     Options:
         rank: r.
@@ -45,6 +52,10 @@ class Lora(Adapter):
         lr_embedding: the learning rate of a and b at embeddings, where `lr_ratio` is not 1.
         parts: of fused projections, those to adapt, `q,v` for example: each with a bypass of `rank` of its own, the
             others with none, as in the paper's code (MergedLinear). Empty: one bypass for all outputs.
+        init: first values. "kaiming": as above; "gaussian": a ~ N(0, 1/r²); "orthogonal": neither is 0, their product
+            is; "pissa": the largest singular values of W (Meng et al. 2024), "pissa_niter_4" by a randomised SVD of so
+            many rounds; "olora": the QR decomposition of W (Büyükakyüz 2024); "loftq": over a quantised base, what
+            quantising took from W (Li et al. 2023, one iteration: the base's codes stay).
         layouts: (pattern, layout) pairs, what `parts` found: which outputs are queries, keys and values.
         oversized: allow a rank above any that a change of the layer can have, as PEFT does.
     """
@@ -54,6 +65,7 @@ class Lora(Adapter):
     peft_bias: ClassVar[str] = "lora_only"
     kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D, EMBEDDING, EXPERTS, CONV)
     least_rank: ClassVar[int] = 1
+    inits: ClassVar[tuple[str, ...]] = (KAIMING, GAUSSIAN, *_PAIRS)
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
@@ -63,6 +75,7 @@ class Lora(Adapter):
     lr_ratio: float = 1.0
     lr_embedding: float = 1e-6
     parts: str = ""
+    init: str = KAIMING
     layouts: tuple[tuple[str, str], ...] = ()
     oversized: bool = False
 
@@ -76,6 +89,9 @@ class Lora(Adapter):
         for word in self.wanted:
             if word not in ("q", "k", "v"):
                 raise UsageError(f"{self.name}: '{word}' is no part of a projection", "--parts", "q, k or v, e.g. q,v")
+        if re.sub(r"^pissa_niter_\d+$", "pissa", self.init) not in self.inits:
+            what = f"{self.name}: init is '{self.init}'"
+            raise UsageError(what, "--init", f"one of {', '.join(self.inits)}")
         for name in ("lr_ratio", "lr_embedding"):
             if not 0 < getattr(self, name) < math.inf:
                 what, flag = f"{self.name}: {name} is {getattr(self, name)}", f"--{name.replace('_', '-')}"
@@ -85,6 +101,11 @@ class Lora(Adapter):
     def wanted(self) -> tuple[str, ...]:
         """The words of `parts`."""
         return tuple(filter(None, self.parts.replace(" ", ",").split(",")))
+
+    @property
+    def moves(self) -> bool:
+        """Whether a and b begin with a part of the weight, which a0 and b0 take away."""
+        return self.init.startswith(("pissa", "olora"))
 
     @property
     def scale(self) -> float:
@@ -113,6 +134,8 @@ class Lora(Adapter):
 
     def unfit_in(self, graph: Graph, site: Site) -> str:
         """As `unfit`, at the parts asked for."""
+        if self.init == "loftq" and graph.tensors[site.weight].held is None:
+            return "its weight is not quantised, and loftq has nothing to make up for"
         if not self.wanted or self.layouts:
             return self.unfit(site)
         from surgeon.parts import layout_of
@@ -146,6 +169,11 @@ class Lora(Adapter):
                 f"{site.path} is [{site.out}, {site.inp}]",
                 f"a rank of at most {made.limit}, or leave the module out with --exclude",
             )
+        if self.init.startswith(_PAIRS) and (site.kind not in (LINEAR, CONV1D) or made.whole_rank != made.rank):
+            return f"init={self.init} is for whole linears"
+        if self.init == "orthogonal" and made.rank % 2:
+            what = f"{self.name}: rank {made.rank} is odd"
+            raise UsageError(what, f"{site.path}, --init orthogonal", f"rank {made.rank + 1}, or another init")
         return made.unfit()
 
     def bypass(self, site: Site) -> Bypass:
@@ -158,8 +186,9 @@ class Lora(Adapter):
 
     def cost(self, site: Site) -> Cost:
         """rank · (in + out) parameters, each multiplied once per token; an embedding looks up a column of a."""
-        made = self.bypass(site)
-        return Cost(rank=self.rank, trained=made.parameters, stored=made.parameters, flops=2 * made.macs)
+        made, pairs = self.bypass(site), 2 if self.moves else 1
+        count = made.parameters
+        return Cost(self.rank, count, (pairs - 1) * count, pairs * count, flops=2 * pairs * made.macs)
 
     def rewrite(self, edit: Edit, site: Site) -> None:
         """x → dropout → a → b → · s → + y."""
@@ -169,15 +198,39 @@ class Lora(Adapter):
 
     def low(self, edit: Edit, made: Bypass) -> tuple[fx.Node, fx.Node]:
         """A dropout(x) and b; there is no dropout on token ids."""
-        a, b = (edit.param(*given) for given in zip("ab", (made.a, made.b), made.first, strict=True))
+        a, b = self.factors(edit, made)
         x = edit.x if made.site.kind == EMBEDDING else edit.dropout(edit.x, self.dropout)
         return made.down(edit, x, a), b
+
+    def factors(self, edit: Edit, made: Bypass) -> tuple[fx.Node, fx.Node]:
+        """a and b; with the part that does not train behind the one that does, where they begin with a part of W."""
+        import torch
+
+        first = ("gaussian", "zeros") if self.init == GAUSSIAN and made.first[0] == KAIMING else made.first
+        a, b = (edit.param(*given) for given in zip("ab", (made.a, made.b), first, strict=True))
+        if not self.moves:
+            return a, b
+        cat = torch.ops.aten.cat.default
+        a = edit.call(cat, [a, edit.param("a0", made.a, "zeros", trainable=False)], 0)
+        return a, edit.call(cat, [b, edit.param("b0", made.b, "zeros", trainable=False)], 1)
+
+    def initialise(self, graph: Graph, owner: str, seed: int, tokenizer: Any) -> None:
+        """Pairs that are made together."""
+        if self.init.startswith(_PAIRS):
+            from surgeon.moved import first_pairs
+
+            first_pairs(graph, owner, self, seed)
 
     def normal(self, params: Mapping[str, torch.Tensor], site: Site, base: Base) -> Normal:
         """a and b as they are."""
         from surgeon.normal import Normal
 
-        a, b = self.bypass(site).normal(params["a"], params["b"])
+        a, b = params["a"], params["b"]
+        if self.moves:
+            import torch
+
+            a, b = torch.cat([a, params["a0"]]), torch.cat([b, params["b0"]], 1)
+        a, b = self.bypass(site).normal(a, b)
         return Normal(scale=self.scale, a=a, b=b)
 
     def rate(self, name: str, site: Site | None, lr: float) -> float:
@@ -187,6 +240,17 @@ class Lora(Adapter):
         if site is not None and site.kind == EMBEDDING:
             return self.lr_embedding
         return lr * self.lr_ratio if name in ("b", "m") or name.endswith(".bias") else lr
+
+    @property
+    def peft_lossy(self) -> bool:
+        """PEFT's file has both pairs as one LoRA of twice the rank."""
+        return self.moves
+
+    def in_peft(self, graph: Graph, owner: str) -> tuple[Graph, Adapter]:
+        """Both pairs as one LoRA."""
+        from surgeon.moved import as_one_pair
+
+        return as_one_pair(graph, owner, self) if self.moves else (graph, self)
 
     def peft_config(self, sites: Sequence[Site]) -> dict[str, Any]:
         """PEFT's fields; ranks and alphas per site as PEFT's patterns."""
@@ -234,7 +298,9 @@ class Lora(Adapter):
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Lora:
         """PEFT's patterns are regular expressions over the end of a path; the first that matches wins, as here."""
-        if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+        init = config.get("init_lora_weights", True)
+        turned = init == "olora" and config.get("fan_in_fan_out")  # PEFT decomposes the weight as it is stored
+        if init not in _PLAIN_INITS and (init not in _MOVING_INITS or turned):
             raise UnsupportedError(
                 f"the adapter was saved with init_lora_weights = {config['init_lora_weights']!r}, to a base it moved",
                 "adapter_config.json",
@@ -246,6 +312,7 @@ class Lora(Adapter):
             dropout=float(config.get("lora_dropout") or 0),
             rslora=bool(config.get("use_rslora")),
             oversized=True,
+            init=str(init) if init in _MOVING_INITS else KAIMING,
             ranks=tuple((_suffix(key), int(rank)) for key, rank in (config.get("rank_pattern") or {}).items()),
             alphas=tuple((_suffix(key), float(alpha)) for key, alpha in (config.get("alpha_pattern") or {}).items()),
         )

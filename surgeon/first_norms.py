@@ -33,7 +33,7 @@ class FirstNorms:
     def __call__(self) -> torch.Tensor:
         """Compute them in fp32."""
         matrix = self.site.matrix(self.weight().float())
-        a, b = self.a(), self.b()
+        a, b = (self.a(), self.b()) if self.scale else (torch.zeros(1), torch.zeros(1))
         if a.any() and b.any():
             matrix = matrix + (b.float() @ a.float()).mul_(self.scale)
         return row_norms(matrix)

@@ -24,6 +24,7 @@ from surgeon.passes.base import Adapter
 from surgeon.peft_keys import adapter_key, below, lone_projection, module_sites, target_parameters, wrappers
 from surgeon.peft_targets import target_modules
 from surgeon.peft_values import put_all, take
+from surgeon.run import owners
 from surgeon.safetensors_file import header_bytes, read_shard
 from surgeon.sites import sites
 
@@ -171,6 +172,7 @@ def write_adapter(
     """
     if reason := unfit(graph, owner, step):
         raise UnsupportedError(f"{step.name} has no form in PEFT: {reason}", str(folder), "keep surgeon's work folder")
+    graph, step = step.in_peft(graph, owner)
     names = keys(graph, owner, step)
     for part, other in (parts or {}).items():
         names.update(part_keys(graph, part, other))
@@ -289,7 +291,16 @@ def _drop_copy(left: dict[str, torch.Tensor], key: str, own: Collection[str], wh
 
 
 def check(graph: Graph, owner: str, tensors: dict[str, torch.Tensor], where: Path) -> None:
-    """Raise UsageError unless a file with virtual tokens holds what the graph computes them to be."""
+    """Raise UsageError unless a file of what an adapter computes holds what it computes from its own tensors."""
+    step = owners(graph.applied)[owner]
+    assert isinstance(step, Adapter)
+    if not step.peft_prompt:
+        whole, plain = step.in_peft(graph, owner)
+        for name, key in keys(whole, owner, plain).items():
+            if key not in tensors or not torch.equal(whole.inserted[name](), tensors[key]):
+                what = f"{where.name} and the trainable tensors beside it differ in {key}"
+                raise UsageError(what, str(where), "one of the two was replaced: take both from the same folder")
+        return
     found = peft_prompts.table(graph, adapted(graph, owner))
     stored = take(dict(tensors), peft_prompts.KEY, where)
     if found.shape != stored.shape or not torch.allclose(found, stored, rtol=1e-4, atol=1e-5):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from surgeon.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
+    from surgeon.graph import Graph
+    from surgeon.passes.base import Adapter
     from surgeon.sites import Site
 
 
@@ -54,6 +56,10 @@ class PeftForm:
     def unpacked(self, name: str, tensor: torch.Tensor, site: Site) -> torch.Tensor:
         """The other way."""
         return tensor
+
+    def in_peft(self, graph: Graph, owner: str) -> tuple[Graph, Adapter]:
+        """The graph with the adapter `owner` as PEFT's files can hold it, and that adapter."""
+        return graph, cast("Adapter", self)
 
     def peft_part(self) -> tuple[str, dict[str, Any]]:
         """As part of the file of a `peft_host`: what stands before the last word of keys, and the fields there."""

@@ -29,9 +29,13 @@ def hosts(steps: Mapping[str, Pass], in_peft: Collection[str]) -> dict[str, str]
     for owner, step in steps.items():
         before = list(steps)[: list(steps).index(owner)]
         if isinstance(step, Adapter) and step.peft_host and owner in in_peft:
-            host = [o for o in before if o in in_peft and getattr(steps[o], "peft_type", "") == step.peft_host]
+            host = [o for o in before if o in in_peft and _can_host(steps[o], step)]
             found.update({owner: host[-1]} if host else {})
     return found
+
+
+def _can_host(step: Pass, part: Adapter) -> bool:
+    return isinstance(step, Adapter) and step.peft_type == part.peft_host and not step.peft_lossy
 
 
 def key_in_host(key: str, step: Adapter) -> str:

@@ -58,7 +58,7 @@ def longest(model: Any, tokenizer: Any) -> int | None:
 def virtual_tokens(model: Any) -> int:
     """The positions that prefixes and prompts take."""
     applied = getattr(getattr(model, "graph", None), "applied", ())
-    return sum(int(getattr(step, "tokens", 0)) for step in applied)
+    return sum(count for step in applied if isinstance(count := getattr(step, "tokens", 0), int))
 
 
 def collator_for(data: Data, tokenizer: Any, config: Any) -> Collator | ExampleCollator:

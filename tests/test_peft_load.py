@@ -43,7 +43,7 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
     "use_qalora": {"use_qalora": True},
     "trainable_token_indices": {"trainable_token_indices": {"nowhere": [1]}},
     "layer_replication": {"layer_replication": [[0, 2]]},
-    "init_lora_weights": {"init_lora_weights": "pissa"},
+    "init_lora_weights": {"init_lora_weights": "pissa_niter_4"},
     "ensure_weight_tying": {"ensure_weight_tying": True},
     "some_new_method": {"some_new_method": True},
     "bias": {"bias": "sometimes"},
