@@ -24,7 +24,7 @@ def command(
     base: Annotated[Path | None, typer.Option(help="The base, if it moved since the adapter was made.")] = None,
     json: output.Json = False,
 ) -> None:
-    """Continue prompts with a model and print prompt and continuation.
+    """Continue prompts with a model and print prompt and continuation; of an encoder-decoder, what it writes.
 
     Examples:
         surgeon generate work/ --prompt "def main("
@@ -46,7 +46,7 @@ def command(
         output.emit({"folder": folder, "prompts": prompts, "texts": texts}, json)
         return
     for text, more in zip(prompts, texts, strict=True):
-        output.write(f"{text}{more}\n")
+        output.write(f"{'' if model.graph.task == 'seq2seq-lm' else text}{more}\n")
 
 
 def sampling(
