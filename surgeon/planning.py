@@ -128,11 +128,11 @@ def plan(model: Graph | Source | PretrainedConfig | str | Path, *passes: Pass, t
         step.requires(done)
         chosen, left_out = chosen_sites(done, step)
         owner, ready = owner_of(done, step), step.prepare(done, chosen)
-        at_sites = [ready.at(site).cost(site) for site in chosen]
-        spans.update({site.path: cost.span for site, cost in zip(chosen, at_sites, strict=True) if cost.span})
-        planned += [_planned(site, owner, cost) for site, cost in zip(chosen, at_sites, strict=True)]
+        modules, again = _costs(ready, chosen)
+        spans.update({site.path: cost.span for site, cost in modules if cost.span})
+        planned += [_planned(site, owner, cost) for site, cost in modules]
         skipped += left_out
-        costs += [*at_sites, ready.shared_cost(), _retrained(done, ready, chosen)]
+        costs += [*(cost for _, cost in modules), *again, ready.shared_cost(), _retrained(done, ready, chosen)]
         done.applied = (*done.applied, step)
     return _summary(graph, passes, planned, skipped, costs, spans)
 
@@ -145,6 +145,18 @@ def _graph(model: Graph | Source | PretrainedConfig | str | Path, task: str | No
 
         return capture_config(model, task)
     return open_graph(model if isinstance(model, Source) else open_source(model, task, weights=False), values=False)
+
+
+def _costs(step: Pass, chosen: list[Site]) -> tuple[list[tuple[Site, Cost]], list[Cost]]:
+    """What a pass adds at every module, and the work of modules that are called once more (DeBERTa's queries)."""
+    modules, calls = dict[str, tuple[Site, Cost]](), list[Cost]()
+    for site in chosen:
+        cost = step.at(site).cost(site)
+        if site.path in modules:
+            calls.append(Cost(flops=cost.flops))
+        else:
+            modules[site.path] = site, cost
+    return list(modules.values()), calls
 
 
 def _planned(site: Site, owner: str, cost: Cost) -> PlannedSite:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from benchmarks.zoo.graphs import graph_of
 from surgeon import run
 from surgeon.capture import capture_config
 from surgeon.errors import UsageError
@@ -243,3 +244,12 @@ def test_a_dead_target_names_the_nearest_path() -> None:
 def test_a_rank_above_the_layer_is_refused() -> None:
     with pytest.raises(UsageError, match="rank 33 is above the size of the layer"):
         plan(tiny(), lora(33))
+
+
+def test_a_module_that_is_called_twice_is_one_site() -> None:
+    """DeBERTa's queries are also the queries of its relative positions."""
+    step = Lora(rank=3, targets="query_proj")
+    graph = run.apply(graph_of("deberta-v2"), step)
+    found = plan(graph_of("deberta-v2"), step)
+    assert found.site_count == 2
+    assert found.trainable_parameters == sum(spec.count for spec in graph.trainable().values() if spec.owner)
