@@ -61,6 +61,7 @@ class AdaLora(Lora):
     peft_type: ClassVar[str] = "ADALORA"
     kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D, CONV)
     least_rank: ClassVar[int] = 0
+    has_parts: ClassVar[bool] = False
     inits: ClassVar[tuple[str, ...]] = (KAIMING,)
     learning_rate: ClassVar[float] = 1e-3
     rank: int = 12
@@ -82,8 +83,6 @@ class AdaLora(Lora):
             )
         if self.rslora:
             raise UsageError("adalora's scale is alpha / rank", "--rslora", "leave it out, or use lora")
-        if self.parts:
-            raise UsageError("adalora has one bypass for a whole projection", "--parts", "leave it out, or use lora")
         if not 0 <= self.target_rank <= self.rank:
             what = f"adalora: target_rank {self.target_rank} is not between 0 and rank {self.rank}"
             raise UsageError(what, "--target-rank", "a target of at most the rank; 0 is two thirds of it")

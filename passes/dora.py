@@ -39,6 +39,7 @@ class Dora(Lora):
     stacks: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D, EMBEDDING)
     reads_weight: ClassVar[bool] = True
+    has_parts: ClassVar[bool] = False
 
     def cost(self, site: Site) -> Cost:
         """LoRA's, and m."""

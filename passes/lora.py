@@ -65,6 +65,7 @@ class Lora(Adapter):
     peft_bias: ClassVar[str] = "lora_only"
     kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D, EMBEDDING, EXPERTS, CONV)
     least_rank: ClassVar[int] = 1
+    has_parts: ClassVar[bool] = True
     inits: ClassVar[tuple[str, ...]] = (KAIMING, GAUSSIAN, *_PAIRS)
     rank: int = 8
     alpha: float = 16.0
@@ -86,6 +87,9 @@ class Lora(Adapter):
                 raise UsageError(f"{self.name}: rank is {rank}", "--rank", f"a rank of at least {least}, for example 8")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"{self.name}: dropout is {self.dropout}", "--dropout", "a probability below 1, e.g. 0.05")
+        if self.parts and not self.has_parts:
+            what = f"{self.name} has one bypass for a whole projection"
+            raise UsageError(what, "--parts", "leave it out, or use lora")
         for word in self.wanted:
             if word not in ("q", "k", "v"):
                 raise UsageError(f"{self.name}: '{word}' is no part of a projection", "--parts", "q, k or v, e.g. q,v")

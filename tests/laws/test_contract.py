@@ -25,9 +25,9 @@ from surgeon.errors import SurgeonError, UnsupportedError
 from surgeon.graph import Graph
 from surgeon.module import load
 from surgeon.normal import Base, Columns, Normal
-from surgeon.passes.base import ATTENTION, CONV1D, EMBEDDING, EXPERTS, LINEAR, Adapter, Pass
+from surgeon.passes.base import ATTENTION, CONV1D, EMBEDDING, LINEAR, Adapter, Pass
 from surgeon.passes.lora import Lora
-from surgeon.sites import Site, sites
+from surgeon.sites import EXPERTS, Site, sites
 
 aten = torch.ops.aten
 Params = Mapping[str, Tensor]
@@ -84,25 +84,6 @@ class QaLora(Adapter):
 
     def normal(self, params: Params, site: Site, base: Base) -> Normal:
         return Normal(2.0, params["a"], params["b"], group=self.group)
-
-
-@dataclass(frozen=True)
-class ExpertLora(Adapter):
-    """y = W_e x + B_e A_e x for the expert e a row was sent to, a: [experts, r, in], b: [experts, out, r]."""
-
-    name: ClassVar[str] = "expert_lora"
-    kinds: ClassVar[tuple[str, ...]] = (EXPERTS,)
-    targets: str = "*.experts.*"
-    rank: int = 3
-
-    def rewrite(self, edit: Edit, site: Site) -> None:
-        a = edit.param("a", (site.experts, self.rank, site.inp), "kaiming")
-        b = edit.param("b", (site.experts, site.out, self.rank), "zeros")
-        grouped, ids = torch.ops.surgeon.expert_linear.default, edit.argument(2)
-        edit.replace(edit.add(edit.y, edit.call(grouped, edit.call(grouped, edit.x, a, ids), b, ids)))
-
-    def normal(self, params: Params, site: Site, base: Base) -> Normal:
-        return Normal(a=params["a"], b=params["b"])
 
 
 @dataclass(frozen=True)
@@ -382,10 +363,10 @@ def test_dora_over_a_quantised_weight_sees_the_dequantised_one() -> None:
     assert not torch.equal(decoded, base.values[item.site.weight])
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "llama4_text"])
 def test_experts_are_sites(family: str) -> None:
     base, inputs = graph_of(family), inputs_of(graph_of(family))
-    step = ExpertLora()
+    step = Lora(rank=3, alpha=3, targets="*.experts.*")
     graph = run.apply(base, step)
     assert torch.equal(logits_of(graph, inputs), logits_of(base, inputs))
     assert [len(paths) for _, paths in graph.groups()] == [len(paths) for _, paths in base.groups()]

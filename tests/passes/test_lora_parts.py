@@ -138,7 +138,7 @@ def test_bad_input(options: dict[str, Any], what: str, where: str) -> None:
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("method", ["adalora"])
+@pytest.mark.parametrize("method", ["adalora", "dora"])
 def test_methods_without_parts(method: str) -> None:
     with pytest.raises(UsageError, match=f"{method} has one bypass for a whole projection") as caught:
         make(method, parts="q,v")
