@@ -25,6 +25,7 @@ PASSES = {
     "shifted_sparse_attention": "surgeon.passes.shifted_sparse_attention:ShiftedSparseAttention",
     "nf4": "surgeon.passes.nf4:Nf4",
     "intq": "surgeon.passes.intq:IntQ",
+    "qalora": "surgeon.passes.qalora:QaLora",
     "kv_cache": "surgeon.passes.kv_cache:KvCache",
 }
 # PEFT's name of a method → ours.
@@ -40,7 +41,7 @@ PEFT_TYPES = {
     "P_TUNING": "prompt",
 }
 # A field of PEFT's config that makes another method of one of these.
-PEFT_SWITCHES = {("LORA", "use_dora"): "dora"}
+PEFT_SWITCHES = {("LORA", "use_dora"): "dora", ("LORA", "use_qalora"): "qalora"}
 
 
 def find(name: str) -> type[Pass]:

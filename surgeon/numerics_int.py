@@ -16,6 +16,8 @@ import torch
 from surgeon.errors import UsageError
 from surgeon.packing import BITS, pack, unpack
 
+_CHUNK = 1 << 20  # weights at once: rows are independent, and small blocks stay in cache
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -89,10 +91,14 @@ def quantise_groups(
         UsageError: see `check_groups`; or a value is not finite.
     """
     size = check_groups(weight.shape[1], group, bits)
-    groups = grouped(weight, size)
-    scale, zero = range_of(groups, bits, symmetric=symmetric, float_zero=float_zero, dtype=dtype)
-    codes = nearest_codes(groups, scale[..., None], zero[..., None], bits, lowest=1 if symmetric else 0)
-    return Groups(pack(codes.flatten(1), bits), scale, zero, bits)
+    made: list[tuple[torch.Tensor, ...]] = []
+    for rows in weight.split(max(1, _CHUNK // weight.shape[1])):
+        groups = grouped(rows, size)
+        scale, zero = range_of(groups, bits, symmetric=symmetric, float_zero=float_zero, dtype=dtype)
+        codes = nearest_codes(groups, scale[..., None], zero[..., None], bits, lowest=1 if symmetric else 0)
+        made.append((pack(codes.flatten(1), bits), scale, zero))
+    packed, scale, zero = made[0] if len(made) == 1 else (torch.cat(parts) for parts in zip(*made, strict=True))
+    return Groups(packed, scale, zero, bits)
 
 
 def range_of(

@@ -9,7 +9,7 @@ from typing import Any
 from surgeon.errors import UsageError, nearest
 from surgeon.passes import find
 from surgeon.passes.base import Pass
-from surgeon.select import ALL_EMBEDDINGS, ALL_NORMS, ATTENTION_LINEAR
+from surgeon.select import ALL_EMBEDDINGS, ALL_LINEAR, ALL_NORMS, ATTENTION_LINEAR
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,16 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset] = {
+    "qlora": Preset(
+        "LoRA on every linear over 4-bit NF4 weights with double quantisation; train it with --precision bf16 "
+        "--gradient-checkpointing (Dettmers et al. 2023)",
+        (("nf4", {}), ("lora", {"targets": ALL_LINEAR, "rank": 64, "alpha": 16.0, "dropout": 0.05})),
+    ),
+    "qa_lora": Preset(
+        "group-pooled LoRA on every linear over 4-bit integers with float zero points, which a merge folds it into "
+        "exactly (Xu et al. 2024)",
+        (("intq", {}), ("qalora", {"rank": 64, "alpha": 16.0})),
+    ),
     "longlora": Preset(
         "LoRA on the attention's linears, trained embeddings and norms, and shifted sparse attention while training; "
         "with --context the positions are scaled to that length (Chen et al. 2024)",

@@ -36,7 +36,9 @@ def small(name: str, targets: str = "all-linear", **options: Any) -> Adapter:
     fields = {field.name for field in dataclasses.fields(find(name))}
     if name not in LINEARS and targets == "all-linear":
         targets = ""
-    own = {key: value for key, value in {"rank": 3, "tokens": TOKENS}.items() if key in fields}
+    own = {key: value for key, value in {"rank": 3, "tokens": TOKENS, "group": 8}.items() if key in fields}
+    if name == "qalora":
+        own["alpha"] = 2.0  # it reads sums of 8 inputs
     made = make(name, targets=targets, **options, **own)
     assert isinstance(made, Adapter)
     return made

@@ -51,7 +51,7 @@ def step_of(kind: str) -> Quantiser:
 def adapter(name: str) -> Adapter:
     fields = {field.name for field in dataclasses.fields(find(name))}
     own = {"targets": "all-linear"} if LINEAR in find(name).kinds else {"targets": "", "tokens": "3,4,5"}
-    made = make(name, **own, **({"rank": 3} if "rank" in fields else {}))
+    made = make(name, **own, **{key: value for key, value in {"rank": 3, "group": 8}.items() if key in fields})
     assert isinstance(made, Adapter)
     return made
 
