@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from benchmarks.zoo.folders import base_of, captured, reference
 from benchmarks.zoo.graphs import close, inputs_of, outputs_of, randomised
 from surgeon import fold, passes, run, store
 from surgeon.errors import UsageError
 from surgeon.graph import Graph
+from surgeon.lower import onnx
+from surgeon.lower.merge import merge
 from surgeon.sites import EXPERTS, sites
+from surgeon.source import open_source
 
 # Mixtral keeps experts as [experts, out, in], gpt-oss as [experts, in, out] with biases, Llama 4 multiplies all by all.
 FAMILIES = ["mixtral", "gpt_oss", "llama4_text", pytest.param("qwen3_moe", marks=pytest.mark.slow)]
@@ -93,6 +97,23 @@ def test_what_peft_writes_is_read(family: str, parameters: list[str], tmp_path: 
     assert_merged_alike(model, graph)
 
 
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def test_a_merged_checkpoint(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixtral's checkpoints have a matrix per expert and projection; they come out as they were."""
+    monkeypatch.setattr("surgeon.lower.merge.open_graph", captured)
+    graph, folder = trained(family, "*.experts.*"), base_of(family)[0]
+    made = merge(graph, open_source(folder), tmp_path / "merged")
+    assert made.comparison is not None
+    assert close(logits(reference(tmp_path / "merged"), graph), outputs_of(graph))
+    names = [set(load_file(next(place.glob("*.safetensors")))) for place in (folder, tmp_path / "merged")]
+    assert names[0] == names[1]
+
+
+def test_onnx_has_them_folded_in(tmp_path: Path) -> None:
+    graph = trained("mixtral", "*.experts.*")
+    assert onnx.export_onnx(graph, tmp_path / "onnx").token_agreement == 1.0
+
+
 def test_the_router_may_be_a_parameter_too(tmp_path: Path) -> None:
     folder, _ = base_of("mixtral")
     config = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.gate.weight"], init_lora_weights=False)
@@ -116,8 +137,6 @@ def test_a_rank_above_the_experts() -> None:
 
 
 def test_cut_experts_are_named(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     folder, _ = base_of("mixtral")
     place = store.save(trained("mixtral"), tmp_path / "work")
     file = place / "adapter_model.safetensors"
