@@ -30,6 +30,14 @@ CASES: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
     "roberta-prompt-peft": ("roberta", "token-classification", [("prompt", ROWS[1] | {"layout": "peft"})]),
     "deberta-ptuning": ("deberta-v2", "token-classification", [DEEP]),
     "bert-gate-states": ("bert", "features", [("prefix", {"tokens": 3, "init": "gated"})]),
+    "bert-ia3-loha": (
+        "bert",
+        "sequence-classification",
+        [
+            ("ia3", {"targets": "*.{key,value} *.output.dense", "inputs": "*.output.dense"}),
+            ("loha", {"targets": "*.query", "rank": 2}),
+        ],
+    ),
     "gpt2-prefix": ("gpt2", "sequence-classification", [("prefix", {"tokens": 3})]),
 }
 slow = [pytest.param(name, marks=pytest.mark.slow) for name in list(CASES)[1:]]
