@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 from surgeon.errors import UnsupportedError, UsageError
 from surgeon.passes.base import CONV, CONV1D, EMBEDDING, EXPERTS, LINEAR, Adapter, Cost
@@ -55,7 +55,9 @@ class Lora(Adapter):
         init: first values. "kaiming": as above; "gaussian": a ~ N(0, 1/r²); "orthogonal": neither is 0, their product
             is; "pissa": the largest singular values of W (Meng et al. 2024), "pissa_niter_4" by a randomised SVD of so
             many rounds; "olora": the QR decomposition of W (Büyükakyüz 2024); "loftq": over a quantised base, what
-            quantising took from W (Li et al. 2023, one iteration: the base's codes stay).
+            quantising took from W (Li et al. 2023, one iteration: the base's codes stay); "eva:data.jsonl": the
+            directions that most of the layers' inputs lie in, for a data file (Paischer et al. 2024).
+        rho: with "eva:…", by what factor a site's rank may grow, on account of others; 1 leaves all ranks as they are.
         layouts: (pattern, layout) pairs, what `parts` found: which outputs are queries, keys and values.
         oversized: allow a rank above any that a change of the layer can have, as PEFT does.
     """
@@ -66,7 +68,7 @@ class Lora(Adapter):
     kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D, EMBEDDING, EXPERTS, CONV)
     least_rank: ClassVar[int] = 1
     has_parts: ClassVar[bool] = True
-    inits: ClassVar[tuple[str, ...]] = (KAIMING, GAUSSIAN, *_PAIRS)
+    inits: ClassVar[tuple[str, ...]] = (KAIMING, GAUSSIAN, *_PAIRS, "eva")
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
@@ -77,6 +79,7 @@ class Lora(Adapter):
     lr_embedding: float = 1e-6
     parts: str = ""
     init: str = KAIMING
+    rho: float = 2.0
     layouts: tuple[tuple[str, str], ...] = ()
     oversized: bool = False
 
@@ -93,9 +96,10 @@ class Lora(Adapter):
         for word in self.wanted:
             if word not in ("q", "k", "v"):
                 raise UsageError(f"{self.name}: '{word}' is no part of a projection", "--parts", "q, k or v, e.g. q,v")
-        if re.sub(r"^pissa_niter_\d+$", "pissa", self.init) not in self.inits:
-            what = f"{self.name}: init is '{self.init}'"
-            raise UsageError(what, "--init", f"one of {', '.join(self.inits)}")
+        kind = re.sub(r"^(pissa)_niter_\d+$|^(eva):.+$", r"\1\2", self.init)
+        if kind not in self.inits or self.rho < 1:
+            what, known = f"{self.name}: init is '{self.init}', rho {self.rho:g}", ", ".join(self.inits)
+            raise UsageError(what, "--init, --rho", f"one of {known} (as eva:FILE), and a rho of at least 1")
         for name in ("lr_ratio", "lr_embedding"):
             if not 0 < getattr(self, name) < math.inf:
                 what, flag = f"{self.name}: {name} is {getattr(self, name)}", f"--{name.replace('_', '-')}"
@@ -154,8 +158,17 @@ class Lora(Adapter):
             return f"it computes {', '.join(layout.parts)} alone"
         return dataclasses.replace(self, layouts=(("*", str(layout)),)).unfit(site)
 
+    def requires(self, graph: Graph) -> None:
+        """Raise UsageError for data that is not named."""
+        if self.init == "eva" and not self.ranks:
+            raise UsageError(f"{self.name}: init is 'eva', and names no data", "--init", "eva:FILE.jsonl")
+
     def prepare(self, graph: Graph, chosen: list[Site]) -> Self:
-        """With the layouts of the projections."""
+        """With the layouts of the projections, and the ranks that data asks for."""
+        if self.init.startswith("eva:"):
+            from surgeon import eva
+
+            return cast(Self, eva.prepared(graph, self, chosen))
         if not self.wanted or self.layouts:
             return self
         from surgeon.parts import layout_of
@@ -173,11 +186,12 @@ class Lora(Adapter):
                 f"{site.path} is [{site.out}, {site.inp}]",
                 f"a rank of at most {made.limit}, or leave the module out with --exclude",
             )
-        if self.init.startswith(_PAIRS) and (site.kind not in (LINEAR, CONV1D) or made.whole_rank != made.rank):
+        if self.init.startswith((*_PAIRS, "eva")) and (
+            site.kind not in (LINEAR, CONV1D) or made.whole_rank != made.rank
+        ):
             return f"init={self.init} is for whole linears"
         if self.init == "orthogonal" and made.rank % 2:
-            what = f"{self.name}: rank {made.rank} is odd"
-            raise UsageError(what, f"{site.path}, --init orthogonal", f"rank {made.rank + 1}, or another init")
+            raise UsageError(f"{self.name}: rank {made.rank} is odd", f"{site.path}, --init orthogonal", "an even rank")
         return made.unfit()
 
     def bypass(self, site: Site) -> Bypass:
@@ -220,10 +234,10 @@ class Lora(Adapter):
 
     def initialise(self, graph: Graph, owner: str, seed: int, tokenizer: Any) -> None:
         """Pairs that are made together."""
-        if self.init.startswith(_PAIRS):
-            from surgeon.moved import first_pairs
+        if self.init.startswith((*_PAIRS, "eva")):
+            from surgeon.moved import first_values
 
-            first_pairs(graph, owner, self, seed)
+            first_values(graph, owner, self, seed)
 
     def normal(self, params: Mapping[str, torch.Tensor], site: Site, base: Base) -> Normal:
         """a and b as they are."""

@@ -89,14 +89,15 @@ def principal(
     if rounds is None:
         u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        u, s, vt = _randomised(matrix, rank, rounds, generator)
+        u, s, vt = randomised_svd(matrix, rank, rounds, generator)
     root = s[:rank].sqrt()
     return root[:, None] * vt[:rank], u[:, :rank] * root
 
 
-def _randomised(
+def randomised_svd(
     matrix: torch.Tensor, rank: int, rounds: int, generator: torch.Generator | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The largest singular values and their vectors by random probes (Halko et al. 2011, alg. 4.4)."""
     probes = min(rank + _SPARE, *matrix.shape)
     basis = torch.linalg.qr(matrix @ torch.randn(matrix.shape[1], probes, generator=generator))[0]
     for _ in range(rounds):

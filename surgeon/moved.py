@@ -8,6 +8,7 @@ import math
 
 import torch
 
+from surgeon import eva
 from surgeon.first_factors import FirstFactor, FirstPair
 from surgeon.fold import value_of
 from surgeon.graph import Graph
@@ -17,8 +18,14 @@ from surgeon.run import owners
 from surgeon.sites import Site, sites
 
 
-def first_pairs(graph: Graph, owner: str, step: Lora, seed: int) -> None:
-    """Put the first values of pairs that are made together into a graph, computed when they are asked for."""
+def first_values(graph: Graph, owner: str, step: Lora, seed: int) -> None:
+    """Put the first values of pairs that are made together into a graph, computed when they are asked for.
+
+    Those from data are there already, and find their places.
+    """
+    if step.init == "eva":
+        eva.place(graph)
+        return
     for site in _adapted(graph, owner, step):
         at = step.at(site)
         original = functools.partial(graph.values.__getitem__, site.weight)
