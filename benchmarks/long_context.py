@@ -1,0 +1,228 @@
+"""LongLoRA beside plain LoRA and full fine-tuning: a model trained at 256 tokens is taken to 2,048.
+
+    python -m benchmarks.long_context                       # learning, three seeds
+    python -m benchmarks.long_context --seeds 1 --steps 20
+    python -m benchmarks.long_context --cost                # time and memory of a step at 2k, 4k, 8k and 16k
+
+Base: ../shared/models/pystdlib-llama with `max_position_embeddings` set to the 256 tokens it was trained at. Data:
+../shared/data/pystdlib_long, whole files of the standard library, each a text of its own, cut at the context. All
+sides train through the same loop on the same texts in the same order, with positions scaled by 8; the learning rate of
+each is the best of `RATES` on seed 0. Losses are of held-out files with whole attention, by position.
+
+Sides: `longlora` (LoRA of rank 8 on the attention's linears, embeddings and norms, shifted sparse attention), `lora+`
+(the same with whole attention), `lora` (no embeddings and norms), `full` (everything, whole attention), `scaled`
+(nothing trained), `base` (nothing trained, positions as they were).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+RESULTS = Path(__file__).parent / "results"
+CONTEXT, TRAINED, BUCKET, BATCH = 2048, 256, 256, 2
+SIDES = ("longlora", "lora+", "lora", "full")
+RATES = {
+    "longlora": (5e-4, 1e-3, 2e-3),
+    "lora+": (5e-4, 1e-3, 2e-3),
+    "lora": (1e-3, 2e-3, 4e-3),
+    "full": (2e-4, 5e-4, 1e-3),
+}
+LENGTHS = (2048, 4096, 8192, 16384)
+
+
+def make_base(folder: Path) -> Path:
+    """The shared model, its config saying what length it was trained at."""
+    base = Path(shutil.copytree(SHARED / "models/pystdlib-llama", folder / "base"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": TRAINED}))
+    return base
+
+
+def model_of(side: str, base: Path, seed: int, context: int = CONTEXT) -> Any:
+    """A side's model, ready to train."""
+    import surgeon
+    from surgeon.context import extend
+
+    if side == "full":
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(base)
+        extend(config, context)
+        return transformers.AutoModelForCausalLM.from_pretrained(base, config=config, dtype="float32")
+    if side in ("base", "scaled"):
+        return surgeon.apply(base, "lora", rank=1, context=context if side == "scaled" else 0)
+    if side == "longlora":
+        return surgeon.apply(base, "longlora", seed=seed, context=context)
+    saved = {"modules_to_save": "all-embeddings,all-norms"} if side == "lora+" else {}
+    return surgeon.apply(base, "lora", targets="attention-linear", seed=seed, context=context, **saved)
+
+
+def texts(split: str, tokenizer: Any) -> Any:
+    """The files of a split as samples of at most the context."""
+    from surgeon.render import load_data
+
+    return load_data(SHARED / f"data/pystdlib_long.{split}.jsonl", tokenizer, CONTEXT)
+
+
+def losses(model: Any, samples: Any) -> list[float]:
+    """Mean loss per token in each bucket of positions, over all held-out files, with whole attention."""
+    import torch
+
+    model.eval()
+    sums, counts = [0.0] * (CONTEXT // BUCKET), [0] * (CONTEXT // BUCKET)
+    for sample in samples.samples:
+        ids = torch.tensor(sample.input_ids)[None]
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, :-1].float()
+        found = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+        for position, value in enumerate(found.tolist()):
+            sums[(position + 1) // BUCKET] += value
+            counts[(position + 1) // BUCKET] += 1
+    return [total / max(count, 1) for total, count in zip(sums, counts, strict=True)]
+
+
+def trained(side: str, base: Path, data: Any, tokenizer: Any, steps: int, lr: float, seed: int) -> tuple[Any, float]:
+    """The model after training, and its seconds."""
+    from surgeon.train import train
+
+    model = model_of(side, base, seed)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as out:
+        train(
+            model, tokenizer, data, out=out, steps=steps, batch_size=BATCH, lr=lr, warmup=0.1, seed=seed,
+            progress=False,
+        )  # fmt: skip
+    return model, time.perf_counter() - began
+
+
+def learn(base: Path, seeds: int, steps: int, sides: list[str]) -> dict[str, Any]:
+    """Every side at its best rate, every seed."""
+    from surgeon.api import tokenizer_of
+
+    tokenizer = tokenizer_of(base)
+    data, held_out = texts("train", tokenizer), texts("heldout", tokenizer)
+    found: dict[str, Any] = {
+        side: {"by_position": losses(model_of(side, base, 0), held_out)} for side in ("base", "scaled")
+    }
+    for side in sides:
+        runs: dict[float, Any] = {}
+        for lr in RATES[side]:
+            model, seconds = trained(side, base, data, tokenizer, steps, lr, 0)
+            runs[lr] = {"seed": 0, "seconds": seconds, "by_position": losses(model, held_out)}
+        best = min(runs, key=lambda lr: statistics.mean(runs[lr]["by_position"]))
+        every = [runs[best]]
+        for seed in range(1, seeds):
+            model, seconds = trained(side, base, data, tokenizer, steps, best, seed)
+            every.append({"seed": seed, "seconds": seconds, "by_position": losses(model, held_out)})
+        searched = {str(lr): statistics.mean(run["by_position"]) for lr, run in runs.items()}
+        found[side] = {"lr": best, "searched": searched, "runs": every, **summary(every)}
+        print(f"{side}: perplexity {found[side]['perplexity']:.3f} at a rate of {best}", flush=True)
+    return found
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean over seeds: perplexity in all and by position."""
+    positions = list(zip(*(run["by_position"] for run in runs), strict=True))
+    each = [math.exp(statistics.mean(run["by_position"])) for run in runs]
+    return {
+        "perplexity": statistics.mean(each),
+        "perplexities": each,
+        "perplexity_by_position": [math.exp(statistics.mean(values)) for values in positions],
+    }
+
+
+def cost(side: str, length: int, folder: str) -> dict[str, float]:
+    """Median seconds of a step on one text, and the peak resident size above the loaded model, in this process."""
+    import resource
+
+    import torch
+
+    model = model_of(side, Path(folder), 0, length).train()
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    ids = torch.randint(3, 4096, (1, length), generator=torch.Generator().manual_seed(0))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    taken = []
+    for _ in range(6):
+        began = time.process_time()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        taken.append(time.process_time() - began)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"processor_seconds": statistics.median(taken[1:]), "megabytes": (peak - before) / 1024}
+
+
+def costs(base: Path) -> dict[str, Any]:
+    """A process for every side and length, in turn."""
+    found: dict[str, Any] = {}
+    for length in LENGTHS:
+        for side in ("longlora", "lora+"):
+            command = [sys.executable, "-m", "benchmarks.long_context", "--one", side, str(length), str(base)]
+            answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            found.setdefault(str(length), {})[side] = json.loads(answer.splitlines()[-1])
+        sides = found[str(length)]
+        for what in ("processor_seconds", "megabytes"):
+            sides[f"{what} / whole attention"] = sides["longlora"][what] / sides["lora+"][what]
+        print(length, {key: value for key, value in sides.items() if "/" in key}, flush=True)
+    return found
+
+
+def plot(learned: dict[str, Any], out: Path) -> None:
+    """Held-out perplexity by position."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    middles = [BUCKET * i + BUCKET // 2 for i in range(CONTEXT // BUCKET)]
+    for side, found in learned.items():
+        values = found.get("perplexity_by_position") or [math.exp(loss) for loss in found["by_position"]]
+        axes.plot(middles, values, marker="o", markersize=3, label=side)
+    axes.set_yscale("log")
+    axes.set_xlabel("position in the text (tokens)")
+    axes.set_ylabel("held-out perplexity")
+    axes.set_title(f"From {TRAINED} to {CONTEXT} tokens")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(out, dpi=120)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
+    parser.add_argument("--cost", action="store_true", help="time and memory instead of learning")
+    parser.add_argument("--out", type=Path, default=RESULTS / "long_context.json")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(cost(options.one[0], int(options.one[1]), options.one[2])))
+        return
+    known = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    with tempfile.TemporaryDirectory() as scratch:
+        base = make_base(Path(scratch))
+        if options.cost:
+            known["cost"] = {"command": "python -m benchmarks.long_context --cost", **costs(base)}
+        else:
+            command = f"python -m benchmarks.long_context --seeds {options.seeds} --steps {options.steps}"
+            known["learning"] = {"command": command, "sides": learn(base, options.seeds, options.steps, options.sides)}
+            plot(known["learning"]["sides"], options.out.with_suffix(".png"))
+    options.out.write_text(json.dumps(known, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
