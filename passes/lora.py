@@ -41,6 +41,9 @@ class Lora(Adapter):
     With `pissa` and `olora` a and b begin as the leading part of W, which a second pair that does not train takes away
     again: y = W x + s · (b a − b0 a0) x.
 
+    Kept for itself: `layouts`, (pattern, layout) pairs that say which outputs of a projection belong to which part;
+    `oversized`, set on what PEFT wrote, which has ranks above any that a change of the layer can have.
+
     Options:
         rank: r.
         alpha: the numerator of the scale alpha / rank.
@@ -58,8 +61,6 @@ class Lora(Adapter):
             quantising took from W (Li et al. 2023, one iteration: the base's codes stay); "eva:data.jsonl": the
             directions that most of the layers' inputs lie in, for a data file (Paischer et al. 2024).
         rho: with "eva:…", by what factor a site's rank may grow, on account of others; 1 leaves all ranks as they are.
-        layouts: (pattern, layout) pairs, what `parts` found: which outputs are queries, keys and values.
-        oversized: allow a rank above any that a change of the layer can have, as PEFT does.
     """
 
     name: ClassVar[str] = "lora"

@@ -119,6 +119,11 @@ class ExpertBypass(Bypass):
         """The shape of b."""
         return self.site.experts, self.site.out, self.rank
 
+    @property
+    def macs(self) -> int:
+        """Of the experts that a token is sent to."""
+        return self.site.used * super().macs
+
     def down(self, edit: Edit, x: fx.Node, a: fx.Node) -> fx.Node:
         """A_e x for the expert e a row was sent to: `[n, in]` → `[n, r]`."""
         return edit.call(torch.ops.surgeon.expert_linear.default, x, a, edit.argument(2))

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from surgeon.graph import Graph
-from surgeon.sites import ATTENTION, CONV, CONV1D, LINEAR, sites
+from surgeon.sites import ATTENTION, CONV, CONV1D, EXPERTS, LINEAR, sites
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,8 @@ def text_flops(graph: Graph, length: int, per_token: int, spans: Mapping[str, in
 def flops_of(graph: Graph, trained: int, adapter: int) -> Flops:
     """The work of a model with `trained` trained parameters and `adapter` operations per token that methods add."""
     linears = dataclasses.replace(graph, applied=())
-    matrices = sites(linears, LINEAR, CONV1D, CONV)
-    base = sum(2 * site.inp // site.groups * math.prod(site.window) * site.out for site in matrices)
-    base += _per_layer(graph, _expert_flops)
+    matrices = sites(linears, LINEAR, CONV1D, CONV, EXPERTS)
+    base = sum(2 * site.used * site.inp // site.groups * math.prod(site.window) * site.out for site in matrices)
     forward = base + adapter
     return Flops(base, adapter, forward, 2 * forward + 2 * trained, _per_layer(graph, _attention_flops))
 
@@ -89,13 +88,3 @@ def _attention_flops(graph: Graph, node: fx.Node) -> int:
     q, v = node.args[0].meta["val"], node.args[2].meta["val"]
     return 2 * int(q.shape[1]) * (int(q.shape[3]) + int(v.shape[3]))
 
-
-def _expert_flops(graph: Graph, node: fx.Node) -> int:
-    """An expert matrix times the number of experts a token is sent to."""
-    if node.target is not torch.ops.surgeon.expert_linear.default:
-        return 0
-    config = graph.config.get_text_config()
-    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k", "moe_k")
-    used = next((int(n) for name in names if isinstance(n := getattr(config, name, None), int) and n > 0), 1)
-    shape = node.args[1].meta["val"].shape
-    return 2 * used * int(shape[1]) * int(shape[2])

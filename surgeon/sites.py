@@ -36,6 +36,7 @@ class Site:
         inp: size of its input; rows of the table for an embedding.
         out: size of its output.
         experts: number of experts, 0 for other kinds.
+        used: how many of them a token is sent to; 1 for other kinds.
         heads: K/V heads of an attention, whose `inp` is the size of a key and `out` that of a value.
         queries: query heads of an attention.
         role: of an attention: "decoder" or "encoder" over its own tokens, "cross" over an encoder's states.
@@ -59,6 +60,7 @@ class Site:
     queries: int = 0
     role: str = ""
     batched: bool = False
+    used: int = 1
     groups: int = 1
     window: tuple[int, ...] = ()
 
@@ -125,8 +127,17 @@ def _site(graph: Graph, node: fx.Node, prefix: str) -> Site | None:
         out, inp = inp, out
     return Site(
         _path(node, name, prefix), kind, layer, node.name, graph.resolve(name), other, inp, out,
-        experts[0] if experts else 0, transposed, batched=batched,
+        experts[0] if experts else 0, transposed, batched=batched, used=_used(graph, experts, batched),
     )  # fmt: skip
+
+
+def _used(graph: Graph, experts: list[int], batched: bool) -> int:
+    """How many experts a token is sent to, as the config says it."""
+    if not experts or batched:
+        return experts[0] if experts else 1
+    config = graph.config.get_text_config()
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k", "moe_k")
+    return next((int(n) for name in names if isinstance(n := getattr(config, name, None), int) and n > 0), 1)
 
 
 def _convolution(graph: Graph, node: fx.Node, prefix: str, weight: str, bias: str, shape: tuple[int, ...]) -> Site:

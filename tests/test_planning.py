@@ -253,3 +253,14 @@ def test_a_module_that_is_called_twice_is_one_site() -> None:
     found = plan(graph_of("deberta-v2"), step)
     assert found.site_count == 2
     assert found.trainable_parameters == sum(spec.count for spec in graph.trainable().values() if spec.owner)
+
+
+def test_a_token_costs_the_experts_it_is_sent_to() -> None:
+    """Mixtral's tokens see 2 of 4 experts; each matrix of Llama 4's multiplies all tokens."""
+    for family, used in (("mixtral", 2), ("llama4_text", 4)):
+        step = Lora(rank=3, targets="*.experts.*")
+        found = plan(graph_of(family), step)
+        (up, down) = (3 * (32 + 96), 3 * (48 + 32))
+        layers = found.site_count // 2
+        assert found.flops_per_token.adapter == 2 * used * layers * (up + down)
+        assert found.trainable_parameters == 4 * layers * (up + down)
