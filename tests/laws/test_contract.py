@@ -26,6 +26,8 @@ from surgeon.graph import Graph
 from surgeon.module import load
 from surgeon.normal import Base, Columns, Normal
 from surgeon.passes.base import ATTENTION, CONV1D, EMBEDDING, LINEAR, Adapter, Pass
+from surgeon.passes.ia3 import Ia3
+from surgeon.passes.loha import Loha
 from surgeon.passes.lora import Lora
 from surgeon.sites import EXPERTS, Site, sites
 
@@ -34,33 +36,11 @@ Params = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Ia3Out(Adapter):
-    """y = s ⊙ (W x + b), s: [out] = 1 (Liu et al. 2022)."""
-
-    name: ClassVar[str] = "ia3_out"
-    kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D)
-    changes_bias: ClassVar[bool] = True
-
-    def rewrite(self, edit: Edit, site: Site) -> None:
-        edit.replace(edit.mul(edit.y, edit.param("s", (site.out,), "ones")))
-
-    def normal(self, params: Params, site: Site, base: Base) -> Normal:
-        bias = base.bias()
-        return Normal(s=params["s"], bias=None if bias is None else params["s"] * bias)
-
-
-@dataclass(frozen=True)
-class Ia3In(Adapter):
-    """y = W (u ⊙ x) + b, u: [in] = 1 (Liu et al. 2022, at the feed-forward output)."""
+class Ia3In(Ia3):
+    """The other half of IA³ under a name of its own."""
 
     name: ClassVar[str] = "ia3_in"
-    kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D)
-
-    def rewrite(self, edit: Edit, site: Site) -> None:
-        edit.feed(edit.mul(edit.x, edit.param("u", (site.inp,), "ones")))
-
-    def normal(self, params: Params, site: Site, base: Base) -> Normal:
-        return Normal(u=params["u"])
+    inputs: str = "*"
 
 
 @dataclass(frozen=True)
@@ -190,8 +170,11 @@ def dora_formula(module: Any, p: Params, x: Tensor, y: Tensor) -> Tensor:
 
 
 FORMULAS: dict[Adapter, Formula] = {
-    Ia3Out(targets="all-linear"): lambda module, p, x, y: p["s"] * y,
+    Ia3(targets="all-linear", inputs=""): lambda module, p, x, y: p["s"] * y,
     Ia3In(targets="all-linear"): lambda module, p, x, y: module(x * p["u"]),
+    Loha(rank=3, alpha=6, targets="all-linear"): lambda module, p, x, y: (
+        y + 2 * (x @ ((p["b1"] @ p["a1"]) * (p["b2"] @ p["a2"])).T)
+    ),
     QaLora(targets="all-linear"): lambda module, p, x, y: (
         y + 2 * (x.unflatten(-1, (-1, 4)).sum(-1) @ p["a"].T @ p["b"].T)
     ),
@@ -449,19 +432,19 @@ def test_a_prompt_is_rows_before_the_tokens(family: str) -> None:
 
 
 def test_a_bias_that_changes_unannounced_is_an_error() -> None:
-    class Silent(Ia3Out):
+    class Silent(Ia3):
         changes_bias: ClassVar[bool] = False
 
-    trained = randomised(run.apply(graph_of("bert"), Silent(targets="*.query")))
+    trained = randomised(run.apply(graph_of("bert"), Silent(targets="*.query", inputs="")))
     with pytest.raises(SurgeonError, match="changes a bias and does not say so"):
         fold.fold(trained).values["bert.encoder.layer.0.attention.self.query.weight"]
 
 
 def test_a_bias_without_a_place_is_refused() -> None:
-    class Biased(Ia3Out):
+    class Biased(Ia3):
         def normal(self, params: Params, site: Site, base: Base) -> Normal:
             return Normal(s=params["s"], bias=params["s"])
 
-    trained = randomised(run.apply(graph_of("llama"), Biased(targets="*.q_proj")))
+    trained = randomised(run.apply(graph_of("llama"), Biased(targets="*.q_proj", inputs="")))
     with pytest.raises(UnsupportedError, match="needs a bias"):
         fold.fold(trained).values["model.layers.0.self_attn.q_proj.weight"]
