@@ -6,7 +6,7 @@ import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -26,6 +26,9 @@ from surgeon.ranks import at_rank
 from surgeon.remote_code import code_refused, is_trusted
 from surgeon.source import Source, open_graph, open_source
 from surgeon.verification import Comparison, compare, make_probes
+
+if TYPE_CHECKING:
+    from surgeon.lower.into import Into
 
 
 def plan(base: str | Path, method: str | Pass = "lora", *, task: str | None = None, **options: Any) -> Any:
@@ -136,7 +139,7 @@ def _opened(folder: str | Path, base: str | Path | None) -> Graph:
 
 
 def merge(
-    work: str | Path | SurgeonModel,
+    work: str | Path | SurgeonModel | Graph,
     out: str | Path,
     *,
     base: str | Path | None = None,
@@ -156,12 +159,7 @@ def merge(
         CheckFailed: what would be written does not compute what the adapted model computes.
         UsageError: there is nothing to merge, or `rank` is not one the adapters were trained at.
     """
-    graph = work.trained() if isinstance(work, SurgeonModel) else read(work, base=base)
-    graph = graph if rank is None else at_rank(graph, rank)
-    if not graph.applied:
-        raise UsageError(
-            "there is nothing to merge: this is a plain checkpoint", str(work), "give a work or adapter folder"
-        )
+    graph = to_merge(work, base, rank)
     source = base_of(graph)
     return merge_folder(
         graph,
@@ -174,6 +172,42 @@ def merge(
         tokenizer=tokenizer_of(source.folder),
         progress=progress,
     )
+
+
+def to_merge(work: str | Path | SurgeonModel | Graph, base: str | Path | None = None, rank: int | None = None) -> Graph:
+    """The graph of what is to be merged; raises UsageError if there is nothing to merge, or `rank` is none of its."""
+    if isinstance(work, Graph):
+        return work
+    graph = work.trained() if isinstance(work, SurgeonModel) else read(work, base=base)
+    graph = graph if rank is None else at_rank(graph, rank)
+    if not graph.applied:
+        raise UsageError(
+            "there is nothing to merge: this is a plain checkpoint", str(work), "give a work or adapter folder"
+        )
+    return graph
+
+
+def merge_into(
+    work: str | Path | SurgeonModel | Graph,
+    out: str | Path,
+    *,
+    into: str = "dequant",
+    accept_error: bool = False,
+    base: str | Path | None = None,
+    **options: Any,
+) -> Into:
+    """Merge over a quantised base one way, see `surgeon.lower.into`; `options` are those of its `merge_into`.
+
+    Raises:
+        CheckFailed: the outputs would change by more than the limit, and `accept_error` was not given.
+        UsageError: the base is not quantised, or the adapters do not fit that way.
+    """
+    from surgeon.lower.into import merge_into as merge_graph_into
+
+    graph = to_merge(work, base)
+    source = base_of(graph)
+    tokenizer = tokenizer_of(source.folder)
+    return merge_graph_into(graph, source, out, into=into, accept_error=accept_error, tokenizer=tokenizer, **options)
 
 
 def bake(

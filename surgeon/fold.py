@@ -232,6 +232,10 @@ class MergedValues(Mapping[str, torch.Tensor]):
             lambda: value_of(self._graph, bias) if bias else None,
         )
 
+    def changes(self, name: str) -> bool:
+        """Whether a value is another than the graph's own."""
+        return name in self._groups or name in self._biases or name in self._broken
+
     def __iter__(self) -> Iterator[str]:
         yield from self._graph.values
         yield from (name for name in self._broken if name not in self._graph.values)

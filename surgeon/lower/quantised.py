@@ -6,6 +6,7 @@ integers are written in surgeon's own form (`surgeon.stored_codes`).
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from surgeon import stored_codes
 from surgeon.atomic import atomic_folder, sync
 from surgeon.checkpoint import INDEX, SINGLE
 from surgeon.errors import UnsupportedError, UsageError
+from surgeon.fold import MergedValues, value_of
 from surgeon.graph import Graph
 from surgeon.lower.hf import copy_auxiliary
 from surgeon.safetensors_file import header_bytes
@@ -43,6 +45,7 @@ def write_quantised(
     out: str | Path,
     *,
     overwrite: bool = False,
+    weights: Mapping[str, torch.Tensor] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Written:
     """Write the base of `graph` with the weights that are held in codes as those codes.
@@ -52,6 +55,7 @@ def write_quantised(
         source: the base.
         out: the new folder.
         overwrite: replace an existing folder.
+        weights: the base's own values, where those of `graph` are others: what differs is written as it is in `graph`.
         progress: called with (tensor, bytes done, bytes in all).
 
     Raises:
@@ -59,7 +63,8 @@ def write_quantised(
         UnsupportedError: a quantised weight is stored in several parts.
     """
     saved = stored_codes.of_graph(graph)
-    held = _stored_names(graph, source)
+    own = graph.values if weights is None else weights
+    held, changed = _stored_names(graph, source, own)
     shards = [
         (shard, [entry for info in shard.tensors for entry in _layouts(info, saved, held.get(info.name, ""))])
         for shard in source.checkpoint.shards
@@ -72,7 +77,7 @@ def write_quantised(
             file = folder / shard.file.name
             with _Writer(file, entries, shard.metadata) as writer:
                 for info in shard.tensors:
-                    for name, tensor in _tensors(info.name, saved, held.get(info.name, ""), source).items():
+                    for name, tensor in _tensors(info.name, saved, held, changed, source).items():
                         writer.put(name, tensor)
                         done += tensor.nbytes
                         weight_map[name] = file.name
@@ -87,26 +92,45 @@ def write_quantised(
     return Written(Path(out), tuple(held.values()), total)
 
 
-def _stored_names(graph: Graph, source: Source) -> dict[str, str]:
-    """Stored name → name in the model, of the held weights."""
-    if not isinstance(graph.values, Values):
+def _stored_names(
+    graph: Graph, source: Source, own: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, str], dict[str, Callable[[], torch.Tensor]]]:
+    """Stored name → name in the model, of the held weights; and → value, of what else is not the base's."""
+    if not isinstance(own, Values):
         raise UnsupportedError("the graph was not read from a checkpoint", graph.source, "open it with surgeon.load")
-    found = {}
-    for name in (name for name, spec in graph.tensors.items() if spec.held is not None):
-        stored = graph.values.weights.direct(name)
+    held: dict[str, str] = {}
+    changed: dict[str, Callable[[], torch.Tensor]] = {}
+    for name, spec in graph.tensors.items():
+        differs = name in graph.inserted or (isinstance(graph.values, MergedValues) and graph.values.changes(name))
+        if spec.owner or not spec.persistent or not (spec.held or differs):
+            continue
+        stored = own.weights.direct(name)
         if stored is None:
-            what = f"{name} is stored in parts, which cannot be quantised one by one"
+            what = f"{name} is stored in parts or not at all, and cannot be written by itself"
             raise UnsupportedError(what, str(source.folder), "leave it out with --exclude")
-        found[stored] = name
-    return found
+        if spec.held is not None:
+            held[stored] = name
+        else:
+            changed[stored] = functools.partial(value_of, graph, name)
+    return held, changed
 
 
 def _layouts(info: Any, saved: stored_codes.Saved, name: str) -> list[Layout]:
     return saved.layouts(info.name, name) if name else [(info.name, info.dtype, info.shape)]
 
 
-def _tensors(stored: str, saved: stored_codes.Saved, name: str, source: Source) -> Mapping[str, torch.Tensor]:
-    return saved.tensors(stored, name) if name else {stored: source.checkpoint.read(stored)}
+def _tensors(
+    stored: str,
+    saved: stored_codes.Saved,
+    held: Mapping[str, str],
+    changed: Mapping[str, Callable[[], torch.Tensor]],
+    source: Source,
+) -> Mapping[str, torch.Tensor]:
+    if stored in held:
+        return saved.tensors(stored, held[stored])
+    if stored in changed:
+        return {stored: changed[stored]().to(source.checkpoint.info(stored).dtype)}
+    return {stored: source.checkpoint.read(stored)}
 
 
 def _size(entry: Layout) -> int:
