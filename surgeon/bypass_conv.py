@@ -70,6 +70,10 @@ class ConvBypass(Bypass):
         groups = self.site.groups
         return (a, b) if groups == 1 else (a.unflatten(0, (groups, -1)), b.unflatten(0, (groups, -1)))
 
+    def of_normal(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The other way."""
+        return (a, b) if self.site.groups == 1 else (a.flatten(0, 1), b.flatten(0, 1))
+
     def packed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """PEFT's kernels: a `[r, in, *window]`, in which every row sees all groups and is zero off its own."""
         site, window = self.site, self.site.window

@@ -77,6 +77,10 @@ class Bypass:
         """a and b of the normal form, whose product has the shape of `Site.matrix`."""
         return a, b
 
+    def of_normal(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The other way."""
+        return a, b
+
     def packed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """a or b, by that name, as PEFT's files have it."""
         return tensor

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from surgeon import fold, low_rank, run
+from surgeon.bypass import bypass_at
 from surgeon.errors import UnsupportedError, UsageError
 from surgeon.graph import Graph
 from surgeon.low_rank import LowRank
 from surgeon.normal import Normal
 from surgeon.passes.lora import Lora
 from surgeon.replaced import Held
-from surgeon.sites import CONV, EXPERTS, Site, sites
+from surgeon.sites import Site, sites
 from surgeon.strip import without
 
 SUM, TIES, DARE = "sum", "ties", "dare"
@@ -124,7 +125,7 @@ def extract(
     for site in chosen:
         change = tuned[site.weight].float() - base.values[site.weight].float()
         if bool(change.any()):
-            changes[site.path] = change.t() if site.transposed else change
+            changes[site.path] = site.matrix(change)
     if not changes:
         raise UsageError("the two models are the same", targets, "name the tuned one second")
     return _as_lora(base, changes, rank, error)
@@ -175,9 +176,6 @@ def _changes(graph: Graph) -> dict[str, tuple[Site, LowRank | Tensor]]:
 
 def _change(graph: Graph, group: list[fold.Fold]) -> LowRank | Tensor:
     site = group[0].site
-    if site.kind in (EXPERTS, CONV):
-        what = "experts and convolutions are not converted"
-        raise UnsupportedError(what, site.path, "leave them out with --exclude, or merge")
 
     def weight() -> Tensor:
         return site.matrix(fold.value_of(graph, site.weight).float())
@@ -227,6 +225,7 @@ def _combined(
 def _as_lora(base: Graph, changes: Mapping[str, LowRank | Tensor], rank: int, error: float) -> Converted:
     """One LoRA of scale 1 over the base, with its own rank at every site."""
     factors, report = {}, []
+    by_path = {site.path: site for site in sites(base)}
     for path, change in changes.items():
         if isinstance(change, LowRank) and change.rank == 0:  # AdaLoRA took all of it away
             continue
@@ -234,12 +233,13 @@ def _as_lora(base: Graph, changes: Mapping[str, LowRank | Tensor], rank: int, er
             what = "the change is a whole matrix: no low rank is exact"
             raise UnsupportedError(what, path, "give --rank or --error")
         known = change if isinstance(change, LowRank) else low_rank.factored(change)
-        made, lost = low_rank.truncated(known, rank, error)
+        groups = by_path[path].groups  # of a convolution have factors each
+        made, lost = low_rank.truncated(known, -(-rank // groups), error)
         factors[path] = made
-        report.append(SiteError(path, made.rank, lost))
+        report.append(SiteError(path, made.rank * groups, lost))
     if not factors:
         raise UsageError("the adapters change nothing", base.source, "train them first")
-    ranks = tuple((f"re:{re.escape(path)}", made.rank) for path, made in factors.items())
+    ranks = tuple((f"re:{re.escape(path)}", made.rank * by_path[path].groups) for path, made in factors.items())
     common = max({r for _, r in ranks}, key=[r for _, r in ranks].count)
     odd = tuple((pattern, r) for pattern, r in ranks if r != common)
     step = Lora(
@@ -250,8 +250,9 @@ def _as_lora(base: Graph, changes: Mapping[str, LowRank | Tensor], rank: int, er
         alphas=tuple((pattern, float(r)) for pattern, r in odd),
     )
     graph = run.apply(base, step)
-    by_path = {site.path: site for site in sites(graph)}
     for path, made in factors.items():
-        for name, tensor in (("a", made.a), ("b", made.b)):
-            graph.inserted[by_path[path].tensor("lora", name)] = Held(tensor.contiguous())
+        site = by_path[path]
+        pair = bypass_at(site, made.rank * site.groups).of_normal(made.a, made.b)
+        for name, tensor in zip("ab", pair, strict=True):
+            graph.inserted[site.tensor("lora", name)] = Held(tensor.contiguous())
     return Converted(graph, tuple(report))

@@ -1,4 +1,7 @@
-"""Arithmetic on weight changes ΔW = B A, kept in their factors wherever that is possible."""
+"""Arithmetic on weight changes ΔW = B A, kept in their factors wherever that is possible.
+
+Matrices may have axes in front, one matrix per expert: they share one rank, and errors are those of all together.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ class LowRank:
     @property
     def rank(self) -> int:
         """r."""
-        return self.a.shape[0]
+        return self.a.shape[-2]
 
     def matrix(self) -> Tensor:
         """ΔW."""
@@ -36,14 +39,14 @@ class LowRank:
 
 def added(parts: list[LowRank]) -> LowRank:
     """The sum, exactly: factors side by side, ranks added."""
-    return LowRank(torch.cat([part.a for part in parts]), torch.cat([part.b for part in parts], 1))
+    return LowRank(torch.cat([part.a for part in parts], -2), torch.cat([part.b for part in parts], -1))
 
 
 def factored(matrix: Tensor) -> LowRank:
     """A matrix `[out, in]` as balanced factors U √S and √S Vᵀ of full rank, largest singular values first."""
     u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
     root = s.sqrt()
-    return LowRank((root[:, None] * vt).float(), (u * root).float())
+    return LowRank((root[..., None] * vt).float(), (u * root[..., None, :]).float())
 
 
 def sorted_factors(change: LowRank) -> tuple[LowRank, Tensor]:
@@ -52,10 +55,10 @@ def sorted_factors(change: LowRank) -> tuple[LowRank, Tensor]:
     From the QR decompositions of b and aᵀ and the SVD of an r × r matrix: the matrix itself is never made.
     """
     qb, rb = torch.linalg.qr(change.b.double())
-    qa, ra = torch.linalg.qr(change.a.double().t())
-    u, s, vt = torch.linalg.svd(rb @ ra.t(), full_matrices=False)
+    qa, ra = torch.linalg.qr(change.a.double().mT)
+    u, s, vt = torch.linalg.svd(rb @ ra.mT, full_matrices=False)
     root = s.sqrt()
-    return LowRank(((root[:, None] * vt) @ qa.t()).float(), ((qb @ u) * root).float()), s
+    return LowRank(((root[..., None] * vt) @ qa.mT).float(), ((qb @ u) * root[..., None, :]).float()), s
 
 
 def truncated(change: LowRank, rank: int = 0, error: float = 0.0) -> tuple[LowRank, float]:
@@ -66,17 +69,18 @@ def truncated(change: LowRank, rank: int = 0, error: float = 0.0) -> tuple[LowRa
         rank: at most this rank; 0: any.
         error: the lowest rank whose relative error is at most this, within `rank`.
     """
-    rank = rank or min(change.a.shape[1], change.b.shape[0])
+    rank = rank or min(change.a.shape[-1], change.b.shape[-2])
     if change.rank <= rank and not error:
         return change, 0.0
-    factors, s = sorted_factors(change)
+    factors, values = sorted_factors(change)
+    s = values.flatten(0, -2).square().sum(0).sqrt() if values.dim() > 1 else values
     # tail[k] is what is lost when the first k singular values are kept.
     tail = torch.cat([s.square().flip(0).cumsum(0).flip(0), s.new_zeros(1)]).sqrt()
     whole = float(tail[0])
     keep = int((tail > error * whole).sum()) if error else len(s)
     keep = max(1, min(keep, rank))
     lost = float(tail[keep]) / whole if whole else 0.0
-    return LowRank(factors.a[:keep], factors.b[:, :keep]), lost
+    return LowRank(factors.a[..., :keep, :], factors.b[..., :keep]), lost
 
 
 def ties(changes: list[Tensor], weights: list[float], density: float) -> Tensor:

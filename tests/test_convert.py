@@ -1,17 +1,27 @@
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.zoo.graphs import close, graph_of, outputs_of, randomised
+from benchmarks.zoo import build
+from benchmarks.zoo.custom import OddConfig
+from benchmarks.zoo.graphs import close, graph_of, graph_over, outputs_of, randomised
 from surgeon import convert, run
 from surgeon.errors import UnsupportedError, UsageError
 from surgeon.fold import fold
 from surgeon.graph import Graph
 from surgeon.passes import make
+from surgeon.sites import sites
+
+
+@functools.cache
+def odd() -> Graph:
+    """The encoder with convolutions of every sort."""
+    return graph_over(build.build(OddConfig(), "base"), OddConfig(), "features")
 
 
 def adapted(*steps: Any, family: str = "llama") -> Graph:
@@ -111,3 +121,28 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     base = graph_of("llama")
     with pytest.raises(UsageError, match="are the same"):
         convert.extract(base, base.values, rank=1)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "options"),
+    [
+        ("mixtral", "dylora", {"targets": "*.experts.*"}),
+        ("llama4_text", "lora", {"targets": "*.experts.*"}),
+        ("gpt_neox", "lora", {"targets": "query_key_value", "parts": "q,v"}),
+        ("odd", "lora", {"targets": "grouped", "rank": 8}),
+        ("odd", "adalora", {"targets": "plain,plane"}),
+    ],
+)
+def test_experts_parts_and_convolutions(family: str, name: str, options: dict[str, Any]) -> None:
+    base = odd() if family == "odd" else graph_of(family)
+    graph = randomised(run.apply(base, make(name, **{"rank": 4, **options})))
+    made = convert.to_lora(graph)
+    assert made.exact
+    assert close(outputs_of(made.graph), outputs_of(graph))
+    weights, lower = fold(graph).values, convert.to_lora(graph, rank=options.get("rank", 4) // 2)
+    found = fold(lower.graph).values
+    for error in lower.sites:
+        name = next(site.weight for site in sites(base) if site.path == error.path)
+        left, change = (found[name] - weights[name]).norm(), (weights[name] - base.values[name]).norm()
+        assert 0 < error.error < 1
+        assert float(left / change) == pytest.approx(error.error, rel=1e-3)
