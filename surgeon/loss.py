@@ -42,13 +42,15 @@ def linear_cross_entropy(
     softcap: float | None = None,
     scale: float | None = None,
     num_items: Tensor | int | None = None,
+    replaced: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The mean cross-entropy of `hidden [n, h]`, `weight [v, h]`, `bias [v]` against `labels [n]` (already shifted).
 
+    With `replaced`, an index `[r]` and rows `[r, h]`, these stand for those rows of the weight.
     Tokens whose label is `ignore_index` are not computed. The sum is divided by `num_items` where given (gradient
     accumulation counts over several batches), else by the number of labels that count; with none of them the loss
     is 0. The product runs in the autocast dtype, the softmax in fp32 (fp64 for fp64 inputs).
-    Returns a scalar; differentiable once in `hidden`, `weight` and `bias`.
+    Returns a scalar; differentiable once in `hidden`, `weight`, `bias` and the rows.
     """
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
@@ -58,7 +60,8 @@ def linear_cross_entropy(
     rows = (labels != ignore_index).nonzero().squeeze(1)
     count: Tensor | int = max(rows.numel(), 1) if num_items is None else num_items
     with torch.autocast(device, enabled=False):
-        total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, rows, head)
+        index, own = replaced or (None, None)
+        total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, own, index, labels, rows, head)
         return total / count
 
 
@@ -77,10 +80,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rows: Tensor, head: Head
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        own: Tensor | None,
+        index: Tensor | None,
+        labels: Tensor,
+        rows: Tensor,
+        head: Head,
     ) -> Tensor:
-        wanted: tuple[bool, bool, bool] = ctx.needs_input_grad[:3]
-        work = _Pass(hidden, weight, bias, head, wanted)
+        work = _Pass(hidden, weight, bias, own, index, head, ctx.needs_input_grad[:4])
         for chunk in rows.split(head.chunk_tokens):
             work.add(chunk, labels[chunk])
         ctx.grads = work.grads()
@@ -89,7 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if g is None else _scaled(g, grad) for g in ctx.grads), None, None, None
+        return *(None if g is None else _scaled(g, grad) for g in ctx.grads), None, None, None, None
 
 
 def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
@@ -100,17 +110,26 @@ class _Pass:
     """One pass over the chunks: the summed loss and the gradients asked for, in the dtypes of their tensors."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, wanted: tuple[bool, bool, bool]
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        own: Tensor | None,
+        index: Tensor | None,
+        head: Head,
+        wanted: tuple[bool, ...],
     ) -> None:
-        self.head, self.hidden, self.bias = head, hidden, bias
+        self.head, self.hidden, self.bias, self.index = head, hidden, bias, index
         self.weight = weight.to(head.compute_dtype)
         self.exact = torch.float64 if head.compute_dtype == torch.float64 else torch.float32
         self.losses: list[Tensor] = []
         self.any_grad = any(wanted)
-        self.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        self.own = None if own is None else own.to(head.compute_dtype)
+        self.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias, own))
         self.grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
         self.grad_weight = torch.zeros_like(weight, dtype=self.exact) if wanted[1] else None
         self.grad_bias = torch.zeros_like(bias, dtype=self.exact) if bias is not None and wanted[2] else None
+        self.grad_own = torch.zeros_like(own, dtype=self.exact) if own is not None and wanted[3] else None
         # Two buffers for all chunks: fresh ones would fault their pages in again for every chunk.
         shape = (min(head.chunk_tokens, hidden.shape[0]), weight.shape[0])
         self.buffers = [hidden.new_empty(shape, dtype=self.exact) for _ in range(2)]
@@ -139,6 +158,8 @@ class _Pass:
             torch.mm(hidden, self.weight.t(), out=logits)
         else:
             logits.copy_(hidden @ self.weight.t())
+        if self.own is not None:
+            logits[:, self.index] = (hidden @ self.own.t()).to(self.exact)
         if self.bias is not None:
             logits += self.bias
         scale, cap = self.head.scale, self.head.softcap
@@ -154,8 +175,15 @@ class _Pass:
         if self.grad_bias is not None:
             self.grad_bias += grad.sum(0)
         grad = grad.to(self.head.compute_dtype)
+        part = None if self.own is None else grad[:, self.index]
+        if part is not None and self.index is not None:
+            grad.index_fill_(1, self.index, 0.0)
+            if self.grad_own is not None:
+                self.grad_own += part.t() @ hidden
         if self.grad_hidden is not None:
-            self.grad_hidden[chunk] = (grad @ self.weight).to(self.grad_hidden.dtype)
+            below = grad @ self.weight
+            below = below if part is None or self.own is None else below.addmm_(part, self.own)
+            self.grad_hidden[chunk] = below.to(self.grad_hidden.dtype)
         if self.grad_weight is None:
             return
         if grad.dtype == self.exact:
@@ -163,8 +191,7 @@ class _Pass:
         else:
             self.grad_weight += grad.t() @ hidden
 
-    def grads(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of hidden, weight and bias for an upstream gradient of 1."""
-        found = (self.grad_hidden, self.grad_weight, self.grad_bias)
-        first, second, third = (None if g is None else g.to(d) for g, d in zip(found, self.dtypes, strict=True))
-        return first, second, third
+    def grads(self) -> tuple[Tensor | None, ...]:
+        """The gradients of hidden, weight, bias and the rows in place of the weight's, for an upstream one of 1."""
+        found = (self.grad_hidden, self.grad_weight, self.grad_bias, self.grad_own)
+        return tuple(None if g is None else g.to(d) for g, d in zip(found, self.dtypes, strict=True))

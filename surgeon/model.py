@@ -101,16 +101,11 @@ class SurgeonModel(module.GraphModule):
             if self.graph.task == "causal-lm"
             else (hidden.flatten(0, -2), weight, bias, labels.flatten())
         )
-        value = loss(
-            *flat, softcap=head.softcap or None, scale=None if head.scale == 1 else head.scale, num_items=count
-        )
-
-        def logits() -> torch.Tensor:
-            scores = torch.nn.functional.linear(hidden, weight, bias) * head.scale
-            return head.softcap * torch.tanh(scores / head.softcap) if head.softcap else scores
-
+        own = (self.get_buffer(head.index), head.own(self)) if head.rows else None
+        scale = None if head.scale == 1 else head.scale
+        value = loss(*flat, softcap=head.softcap or None, scale=scale, num_items=count, replaced=own)
         output = Output(loss=value)
-        object.__setattr__(output, "_later", logits)
+        object.__setattr__(output, "_later", lambda: head.logits(self, hidden))
         return output
 
     def _filled(self, given: dict[str, Any], labels: torch.Tensor | None) -> list[torch.Tensor]:
