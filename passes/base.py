@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 # The names of site kinds, repeated here so that pass files need not import torch; surgeon.sites has their meaning.
 LINEAR, CONV1D, EMBEDDING, ATTENTION, EXPERTS = "linear", "conv1d", "embedding", "attention", "experts"
 CONV = "conv"
-# What the word all-linear stands for, among the kinds a pass works on.
-ALL_LINEAR_KINDS = (LINEAR, CONV1D)
 
 
 @dataclass(frozen=True)
@@ -231,21 +229,13 @@ class Adapter(PeftForm, Pass):
     def match(self, graph: Graph) -> list[Site | Skip]:
         """The targeted sites; raises UsageError for a pattern that matches nothing."""
         from surgeon.replaced import inside
-        from surgeon.select import ALL_LINEAR, ATTENTION_LINEAR, check_words, matches, words
         from surgeon.sites import sites
+        from surgeon.targets import targeted
 
         candidates = [site for site in sites(graph, *self.kinds) if not inside(self.modules_to_save, site.path)]
-        check_words(self.targets, [site.path for site in candidates])
-        reserved, head = words(self.targets), head_paths(graph)
-        inside_of = tuple(f"{site.path}." for site in sites(graph, ATTENTION)) if ATTENTION_LINEAR in reserved else ()
-        chosen: list[Site | Skip] = []
-        for site in candidates:
-            linear = site.kind in ALL_LINEAR_KINDS and site.path not in head
-            named = linear and (ALL_LINEAR in reserved or site.path.startswith(inside_of))
-            if not (named or matches(self.targets, site.path)) or matches(self.exclude, site.path):
-                continue
-            why = self.unfit_in(graph, site)
-            chosen.append(Skip(site.path, why) if why else site)
+        found = targeted(graph, candidates, self.targets, self.exclude)
+        unfit = {site.path: why for site in found if (why := self.unfit_in(graph, site))}
+        chosen = [Skip(site.path, unfit[site.path]) if site.path in unfit else site for site in found]
         if not any(not isinstance(item, Skip) for item in chosen):
             reasons = "; ".join(f"{item.path}: {item.why}" for item in chosen[:3] if isinstance(item, Skip))
             raise UsageError(f"{self.name} has no site to work on", reasons or self.targets, "other --targets")
@@ -296,16 +286,6 @@ class Adapter(PeftForm, Pass):
     def final(self) -> Adapter:
         """Without what only training needs: made of its `columns` or `rows`, with no reparameterisation or dropout."""
         return self
-
-
-def head_paths(graph: Graph) -> set[str]:
-    """The paths of the output head: the last linear of the trunk, and task heads."""
-    from surgeon.sites import sites
-
-    names = ("lm_head", "score", "classifier", "qa_outputs", "embed_out", "output_projection")
-    trunk = [site for site in sites(graph, LINEAR, CONV1D) if site.layer == ""]
-    last = {trunk[-1].path} if trunk and graph.outputs[:1] == ("logits",) else set()
-    return last | {site.path for site in trunk if site.path.split(".")[0] in names}
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from surgeon.errors import UsageError
-from surgeon.passes.base import CONV1D, LINEAR, Cost, Pass, Skip, head_paths
+from surgeon.passes.base import CONV1D, LINEAR, Cost, Pass, Skip
 
 if TYPE_CHECKING:
     import torch
@@ -61,17 +61,12 @@ class Quantiser(Pass):
 
     def match(self, graph: Graph) -> list[Site | Skip]:
         """The targeted sites; raises UsageError for a pattern that matches nothing that can be quantised."""
-        from surgeon.select import ALL_LINEAR, check_words, matches, words
         from surgeon.sites import sites
+        from surgeon.targets import targeted
 
-        candidates = sites(graph, *self.kinds)
-        check_words(self.targets, [site.path for site in candidates])
-        head, shared = head_paths(graph), _shared(graph)
+        shared = _shared(graph)
         chosen: list[Site | Skip] = []
-        for site in candidates:
-            everything = ALL_LINEAR in words(self.targets) and site.path not in head
-            if not (everything or matches(self.targets, site.path)) or matches(self.exclude, site.path):
-                continue
+        for site in targeted(graph, sites(graph, *self.kinds), self.targets, self.exclude):
             why = _taken(graph, site, shared) or self.unfit(site)
             chosen.append(Skip(site.path, why) if why else site)
         if not any(not isinstance(item, Skip) for item in chosen):

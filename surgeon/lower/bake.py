@@ -21,11 +21,11 @@ from surgeon.errors import CheckFailed, UnsupportedError
 from surgeon.fold import Fold
 from surgeon.graph import Graph
 from surgeon.lower.hf import write_merged
-from surgeon.passes.base import head_paths
 from surgeon.replaced import Held
 from surgeon.sites import CONV1D, EMBEDDING, LINEAR, sites
 from surgeon.source import Source, Values, open_graph, open_source
 from surgeon.stream import StreamingExecutor
+from surgeon.targets import head_paths
 from surgeon.verification import make_probes, probe_inputs
 
 MANIFEST = "surgeon.json"
