@@ -62,6 +62,7 @@ class AdaLora(Lora):
     kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D, CONV)
     least_rank: ClassVar[int] = 0
     has_parts: ClassVar[bool] = False
+    peft_packed: ClassVar[bool] = False
     inits: ClassVar[tuple[str, ...]] = (KAIMING,)
     learning_rate: ClassVar[float] = 1e-3
     rank: int = 12
@@ -173,6 +174,18 @@ class AdaLora(Lora):
 
             made = dataclasses.replace(made, ranks=tuple((f"re:{re.escape(p)}", rank) for p, rank in ranks.items()))
         return made
+
+    def peft_takes(self, site: Site) -> bool:
+        """Of convolutions PEFT has those over planes alone."""
+        return super().peft_takes(site) and (site.kind != CONV or len(site.window) == 2)
+
+    def packed(self, name: str, tensor: torch.Tensor, site: Site) -> torch.Tensor:
+        """PEFT keeps matrices, at convolutions too."""
+        return tensor
+
+    def unpacked(self, name: str, tensor: torch.Tensor, site: Site) -> torch.Tensor:
+        """The other way."""
+        return tensor
 
     def peft_unfit(self, task: str) -> str:
         """PEFT has one alpha, and prunes from one rank."""

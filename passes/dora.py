@@ -40,6 +40,7 @@ class Dora(Lora):
     kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D, EMBEDDING)
     reads_weight: ClassVar[bool] = True
     has_parts: ClassVar[bool] = False
+    peft_packed: ClassVar[bool] = False
 
     def cost(self, site: Site) -> Cost:
         """LoRA's, and m."""

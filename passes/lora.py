@@ -66,6 +66,7 @@ class Lora(Adapter):
     name: ClassVar[str] = "lora"
     peft_type: ClassVar[str] = "LORA"
     peft_bias: ClassVar[str] = "lora_only"
+    peft_packed: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D, EMBEDDING, EXPERTS, CONV)
     least_rank: ClassVar[int] = 1
     has_parts: ClassVar[bool] = True

@@ -155,7 +155,7 @@ def unfit(graph: Graph, owner: str, step: Adapter) -> str:
     found = adapted(graph, owner)
     if path := lone_projection([item.site for item in found], sites(graph)):
         return f"it adapts both projections of {path}, or none"
-    other = [item.site for item in found if step.peft_kinds and item.site.kind not in step.peft_kinds]
+    other = [item.site for item in found if not step.peft_takes(item.site)]
     if other:
         return f"it has no {step.name} at a {other[0].kind}, as {other[0].path} is"
     reason = step.peft_unfit(graph.task)

@@ -24,6 +24,7 @@ class PeftForm:
         peft_bias: PEFT's word for `bias="sites"`.
         peft_lacks: fields that other methods have in PEFT's config, and this one has not.
         peft_kinds: kinds of site that PEFT has the method for; () for all of `kinds`.
+        peft_packed: whether PEFT has the method for `nn.MultiheadAttention`.
         peft_prompt: whether PEFT counts it as prompt learning: no targets, and one tensor for all its sites, made of
             their `columns` or `rows`.
         peft_host: PEFT's name of a method whose file can hold this adapter too (`peft_part`), "" for none.
@@ -34,6 +35,7 @@ class PeftForm:
     peft_bias: ClassVar[str] = ""
     peft_lacks: ClassVar[tuple[str, ...]] = ()
     peft_kinds: ClassVar[tuple[str, ...]] = ()
+    peft_packed: ClassVar[bool] = False
     peft_prompt: ClassVar[bool] = False
     peft_host: ClassVar[str] = ""
 
@@ -56,6 +58,13 @@ class PeftForm:
     def unpacked(self, name: str, tensor: torch.Tensor, site: Site) -> torch.Tensor:
         """The other way."""
         return tensor
+
+    def peft_takes(self, site: Site) -> bool:
+        """Whether PEFT has the method for a site."""
+        from surgeon.peft_keys import PACKED
+
+        packed = site.weight.endswith(PACKED)
+        return (not self.peft_kinds or site.kind in self.peft_kinds) and (self.peft_packed or not packed)
 
     def in_peft(self, graph: Graph, owner: str) -> tuple[Graph, Adapter]:
         """The graph with the adapter `owner` as PEFT's files can hold it, and that adapter."""

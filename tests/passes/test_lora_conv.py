@@ -239,3 +239,22 @@ def test_models_of_text_with_convolutions(model: str, fields: dict[str, Any], ta
     assert merged.text() == base.text()
     assert close(outputs_of(merged), outputs_of(trained))
     assert not close(outputs_of(base), outputs_of(trained))
+
+
+def test_adalora_over_planes_in_peft(tmp_path: Path) -> None:
+    graph = randomised(applied("plane", "adalora"))
+    store.save(graph, tmp_path / "work")
+    model = PeftModel.from_pretrained(reference(), tmp_path / "work").eval()
+    assert close(outputs_of(graph), states(model, graph))
+    merged = fold.fold(graph)
+    for name, parameter in model.merge_and_unload().named_parameters():
+        assert torch.equal(parameter, merged.values[name]), name
+    assert torch.equal(outputs_of(store.load(tmp_path / "work")), outputs_of(graph))
+
+
+@pytest.mark.parametrize("targets", ["plain", "attend,out_proj"])
+def test_adalora_where_peft_has_none_is_kept_in_our_own_form(targets: str, tmp_path: Path) -> None:
+    graph = randomised(applied(targets, "adalora"))
+    store.save(graph, tmp_path / "work")
+    assert not (tmp_path / "work" / "adapter_config.json").exists()
+    assert torch.equal(outputs_of(store.load(tmp_path / "work")), outputs_of(graph))
