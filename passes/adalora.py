@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from surgeon.errors import UsageError, nearest
 from surgeon.passes.base import CONV, CONV1D, LINEAR, Cost
-from surgeon.passes.lora import KAIMING, Lora, _whole
+from surgeon.passes.lora import KAIMING, Lora
+from surgeon.peft_lora import whole
 
 if TYPE_CHECKING:
     import torch
@@ -214,7 +215,7 @@ class AdaLora(Lora):
             "total_step": max(steps, first + last + 1),
             "rank_pattern": masks if pruned else None,
             "r": 8,
-            "lora_alpha": _whole(self.alpha),
+            "lora_alpha": whole(self.alpha),
             "lora_dropout": self.dropout,
             "fan_in_fan_out": any(site.kind == CONV1D for site in sites),
             "init_lora_weights": True,

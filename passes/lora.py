@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from surgeon.errors import UnsupportedError, UsageError
 from surgeon.passes.base import CONV, CONV1D, EMBEDDING, EXPERTS, LINEAR, Adapter, Cost
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from surgeon.normal import Base, Normal
     from surgeon.sites import Site
 
-T = TypeVar("T")
-# PEFT's initialisations that leave the base as it is, and those that move it by what can be computed again.
-_PLAIN_INITS, _MOVING_INITS = (True, False, "gaussian", "eva", "orthogonal"), ("pissa", "olora")
 KAIMING, GAUSSIAN = "kaiming", "gaussian"
 # Of a and b together, at linears (see `surgeon.first_factors`); the first two begin with a part of the weight.
 _PAIRS = ("pissa", "olora", "orthogonal", "loftq")
@@ -273,39 +270,16 @@ class Lora(Adapter):
         return as_one_pair(graph, owner, self) if self.moves else (graph, self)
 
     def peft_config(self, sites: Sequence[Site]) -> dict[str, Any]:
-        """PEFT's fields; ranks and alphas per site as PEFT's patterns."""
-        from surgeon.peft_targets import patterns
+        """PEFT's fields."""
+        from surgeon import peft_lora
 
-        ranks, alphas = {}, {}
-        for site in sites:
-            step = self.at(site)
-            ranks[site.path] = step.bypass(site).whole_rank
-            times = ranks[site.path] // step.rank
-            alphas[site.path] = _whole(step.alpha * (math.sqrt(times) if self.rslora else times))
-        rank, alpha = _commonest(ranks, self.rank), _commonest(alphas, _whole(self.alpha))
-        return {
-            "r": rank,
-            "lora_alpha": alpha,
-            "lora_dropout": 0.0 if any(site.kind == EXPERTS for site in sites) else self.dropout,
-            "use_rslora": self.rslora,
-            "rank_pattern": patterns(ranks, rank),
-            "alpha_pattern": patterns(alphas, alpha),
-            "fan_in_fan_out": any(site.kind == CONV1D for site in sites),
-            "init_lora_weights": True,
-            "exclude_modules": None,
-            "use_dora": False,
-            "lora_bias": False,
-            "target_parameters": None,
-        }
+        return peft_lora.config(self, sites)
 
     def peft_keys(self, site: Site) -> dict[str, str]:
-        """lora_A and lora_B, which have other names at an embedding, and change places where PEFT turns the experts."""
-        stem = f"model.{site.module}.lora_"
-        if site.kind == EMBEDDING:
-            return {"a": f"{stem}embedding_A", "b": f"{stem}embedding_B"}
-        if site.batched:
-            return {"a": f"{stem}B.weight", "b": f"{stem}A.weight"}
-        return {"a": f"{stem}A.weight", "b": f"{stem}B.weight"}
+        """lora_A and lora_B."""
+        from surgeon import peft_lora
+
+        return peft_lora.keys(site)
 
     def packed(self, name: str, tensor: torch.Tensor, site: Site) -> torch.Tensor:
         """As `Bypass.packed`."""
@@ -317,36 +291,7 @@ class Lora(Adapter):
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Lora:
-        """PEFT's patterns are regular expressions over the end of a path; the first that matches wins, as here."""
-        init = config.get("init_lora_weights", True)
-        turned = init == "olora" and config.get("fan_in_fan_out")  # PEFT decomposes the weight as it is stored
-        if init not in _PLAIN_INITS and (init not in _MOVING_INITS or turned):
-            raise UnsupportedError(
-                f"the adapter was saved with init_lora_weights = {config['init_lora_weights']!r}, to a base it moved",
-                "adapter_config.json",
-                "save it with PEFT's path_initial_model_for_weight_conversion, which gives a plain LoRA",
-            )
-        return cls(
-            rank=int(config.get("r", 8)),
-            alpha=float(config.get("lora_alpha", 8)),
-            dropout=float(config.get("lora_dropout") or 0),
-            rslora=bool(config.get("use_rslora")),
-            oversized=True,
-            init=str(init) if init in _MOVING_INITS else KAIMING,
-            ranks=tuple((_suffix(key), int(rank)) for key, rank in (config.get("rank_pattern") or {}).items()),
-            alphas=tuple((_suffix(key), float(alpha)) for key, alpha in (config.get("alpha_pattern") or {}).items()),
-        )
+        """PEFT's fields by surgeon's names."""
+        from surgeon import peft_lora
 
-
-def _suffix(key: str) -> str:
-    return rf"re:(.*\.)?({key})"
-
-
-def _commonest(values: Mapping[str, T], own: T) -> T:
-    """The pass's own value where a site has it, else that of most sites."""
-    found = list(values.values())
-    return own if not found or own in found else max(found, key=found.count)
-
-
-def _whole(number: float) -> float | int:
-    return int(number) if float(number).is_integer() else number
+        return cls(**peft_lora.options(config))
