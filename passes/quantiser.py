@@ -35,6 +35,7 @@ class Quantiser(Pass):
     stacks: ClassVar[bool] = False
     offered: ClassVar[bool] = True
     derived: ClassVar[bool] = True
+    learning_rate: ClassVar[float] = 0.0
     kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D)
     targets: str = "all-linear"
     exclude: str = ""
@@ -90,10 +91,16 @@ class Quantiser(Pass):
 
     def _codes(self, graph: Graph) -> Callable[[str, str], torch.Tensor]:
         """The codes of any weight of a graph, shared by all its sites, so that one weight is in memory at a time."""
+        from surgeon.coded import stored_parts
         from surgeon.hold import Codes
 
         by_weight = {site.weight: site for site in self._sites(graph)}
-        return Codes(lambda name: self.encode(by_weight[name].matrix(graph.values[name])))
+
+        def make(name: str) -> dict[str, torch.Tensor]:
+            stored = stored_parts(graph, name)
+            return self.encode(by_weight[name].matrix(graph.values[name])) if stored is None else stored
+
+        return Codes(make)
 
     def _sites(self, graph: Graph) -> list[Site]:
         from surgeon.sites import sites

@@ -13,6 +13,7 @@ import transformers
 from surgeon.buffers import materialise_buffers
 from surgeon.capture import capture_config
 from surgeon.checkpoint import Checkpoint
+from surgeon.coded import decoded, with_codes
 from surgeon.context import extend
 from surgeon.errors import UsageError
 from surgeon.graph import Graph
@@ -100,7 +101,7 @@ def open_source(
             its own (see `surgeon.remote_code`).
     """
     folder = resolve(name, weights=weights)
-    checkpoint = Checkpoint.open(folder, weights=weights)
+    checkpoint = decoded(Checkpoint.open(folder, weights=weights))
     check_known(checkpoint.config, folder)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=is_trusted())
@@ -111,6 +112,8 @@ def open_source(
             str(folder / "config.json"),
             "check model_type; surgeon doctor shows the installed transformers",
         ) from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     found = find_task(task, config.architectures, str(folder))
     _set_labels(config, found, tuple(labels))
     if context:
@@ -156,7 +159,7 @@ def open_graph(source: Source, *, values: bool = True, seed: int = 0) -> Graph:
     graph = capture_config(config, source.task)
     graph = dataclasses.replace(graph, values=loaded, source=str(source.folder), labels=source.labels)
     graph = dataclasses.replace(graph, context=source.context)
-    return dataclasses.replace(graph, fresh=fresh_modules(graph, source))
+    return with_codes(dataclasses.replace(graph, fresh=fresh_modules(graph, source)))
 
 
 def read_weights(source: Source, seed: int = 0) -> tuple[ModelWeights, dict[str, torch.Tensor]]:

@@ -116,7 +116,7 @@ def load(folder: str | Path, base: str | Path | None = None) -> Graph:
     source = open_source(place, record.task, labels=record.labels, context=record.context)
     graph = open_graph(source, seed=record.seed)
     steps = [_pass(step, folder) for step in record.passes]
-    graph = run.apply(graph, *steps, seed=record.seed)
+    graph = run.apply(graph, *steps[len(graph.applied) :], seed=record.seed)
     _check_same(graph, record, folder)
     for step, applied in zip(record.passes, graph.applied, strict=True):
         _read_step(graph, step, applied, folder, _parts(graph, record.passes, step))

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from surgeon import run
-from surgeon.errors import CheckFailed, SurgeonError, UsageError
+from surgeon.coded import CodedCheckpoint
+from surgeon.errors import CheckFailed, SurgeonError, UnsupportedError, UsageError
 from surgeon.fold import by_weight, fold, folds, normals, stacked, value_of
 from surgeon.graph import Graph
 from surgeon.hold import holders
@@ -81,7 +82,7 @@ def way_graphs(graph: Graph) -> Iterator[tuple[str, Graph | str]]:
     makers: dict[str, Callable[[], Graph]] = {
         "dequant": lambda: fold(graph),
         "original": lambda: _original(graph),
-        "requant": lambda: run.apply(_original(graph), *_quantisers(graph)),
+        "requant": lambda: _requantised(graph),
         "zero-points": lambda: fold_zero_points(graph),
     }
     for way in WAYS:
@@ -147,7 +148,7 @@ def merge_into(
     tell(found)
     chosen = next(item for item in found if item.way == into)
     _require(chosen, found, str(out), accept_error)
-    if into in ("dequant", "original"):
+    if into in ("dequant", "original") and not isinstance(source.checkpoint, CodedCheckpoint):
         plain = graph if into == "dequant" else without(graph, holders(graph))
         return Into(into, found, merge(plain, source, out, overwrite=overwrite, tokenizer=tokenizer, **options))
     made = dict(way_graphs(graph))[into]
@@ -168,7 +169,21 @@ def _require(chosen: WayError, found: Sequence[WayError], where: str, accept_err
         )
 
 
+def _requantised(graph: Graph) -> Graph:
+    """From the original weights where there are any."""
+    merged = fold(graph) if _is_coded(graph) else _original(graph)
+    return run.apply(merged, *_quantisers(graph))
+
+
+def _is_coded(graph: Graph) -> bool:
+    weights = getattr(graph.values, "weights", None)
+    return isinstance(getattr(weights, "checkpoint", None), CodedCheckpoint)
+
+
 def _original(graph: Graph) -> Graph:
+    if _is_coded(graph):
+        what = "the base was saved quantised, its original weights are not in it"
+        raise UnsupportedError(what, graph.source, "--into dequant")
     return fold(without(graph, holders(graph)))
 
 

@@ -13,18 +13,19 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from surgeon import stored_codes
 from surgeon.atomic import atomic_folder, sync
 from surgeon.checkpoint import INDEX, SINGLE
+from surgeon.coded import CodedCheckpoint
 from surgeon.errors import UnsupportedError, UsageError
 from surgeon.fold import MergedValues, value_of
 from surgeon.graph import Graph
+from surgeon.hold import holders
 from surgeon.lower.hf import copy_auxiliary
-from surgeon.safetensors_file import header_bytes
+from surgeon.safetensors_file import TensorInfo, header_bytes
 from surgeon.source import Source, Values
 
 Layout = tuple[str, torch.dtype, tuple[int, ...]]
@@ -50,6 +51,8 @@ def write_quantised(
 ) -> Written:
     """Write the base of `graph` with the weights that are held in codes as those codes.
 
+    Over a checkpoint that was saved quantised a graph that holds nothing in codes any more gives a plain one.
+
     Args:
         graph: a graph over the weights of `source` with one quantiser, and no adapter.
         source: the base.
@@ -62,11 +65,13 @@ def write_quantised(
         UsageError: nothing is quantised, something else is applied, or a weight is not finite.
         UnsupportedError: a quantised weight is stored in several parts.
     """
-    saved = stored_codes.of_graph(graph)
+    saved = stored_codes.of_graph(graph) if holders(graph) else None
+    if saved is None and not isinstance(source.checkpoint, CodedCheckpoint):
+        raise UsageError("nothing is quantised", graph.source, "apply one of nf4, intq")
     own = graph.values if weights is None else weights
     held, changed = _stored_names(graph, source, own)
     shards = [
-        (shard, [entry for info in shard.tensors for entry in _layouts(info, saved, held.get(info.name, ""))])
+        (shard, [entry for info in _tensors_in(source, shard.file) for entry in _layouts(info, saved, held)])
         for shard in source.checkpoint.shards
     ]
     total = sum(_size(entry) for _, entries in shards for entry in entries)
@@ -76,7 +81,7 @@ def write_quantised(
         for shard, entries in shards:
             file = folder / shard.file.name
             with _Writer(file, entries, shard.metadata) as writer:
-                for info in shard.tensors:
+                for info in _tensors_in(source, shard.file):
                     for name, tensor in _tensors(info.name, saved, held, changed, source).items():
                         writer.put(name, tensor)
                         done += tensor.nbytes
@@ -88,7 +93,8 @@ def write_quantised(
         if len(shards) > 1 or shards[0][0].file.name != SINGLE:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        copy_auxiliary(source.checkpoint, folder, {"quantization_config": saved.config(list(held.values()))})
+        codes = {"quantization_config": saved.config(list(held.values()))} if saved is not None else {}
+        copy_auxiliary(source.checkpoint, folder, {**source.checkpoint.config, **codes})
     return Written(Path(out), tuple(held.values()), total)
 
 
@@ -115,18 +121,24 @@ def _stored_names(
     return held, changed
 
 
-def _layouts(info: Any, saved: stored_codes.Saved, name: str) -> list[Layout]:
-    return saved.layouts(info.name, name) if name else [(info.name, info.dtype, info.shape)]
+def _tensors_in(source: Source, file: Path) -> list[TensorInfo]:
+    return [info for info in source.checkpoint.tensors.values() if info.file == file]
+
+
+def _layouts(info: TensorInfo, saved: stored_codes.Saved | None, held: Mapping[str, str]) -> list[Layout]:
+    if saved is not None and info.name in held:
+        return saved.layouts(info.name, held[info.name])
+    return [(info.name, info.dtype, info.shape)]
 
 
 def _tensors(
     stored: str,
-    saved: stored_codes.Saved,
+    saved: stored_codes.Saved | None,
     held: Mapping[str, str],
     changed: Mapping[str, Callable[[], torch.Tensor]],
     source: Source,
 ) -> Mapping[str, torch.Tensor]:
-    if stored in held:
+    if saved is not None and stored in held:
         return saved.tensors(stored, held[stored])
     if stored in changed:
         return {stored: changed[stored]().to(source.checkpoint.info(stored).dtype)}

@@ -236,3 +236,23 @@ def test_values_that_are_not_finite_are_named(kind: str) -> None:
     with pytest.raises(SurgeonError, match="not finite") as caught:
         load(run.apply(dataclasses.replace(base, values=values), step_of(kind)))
     assert name in caught.value.where
+
+
+@pytest.mark.parametrize(("kind", "name"), [("nf4", "lora"), ("int3", "qalora")])
+def test_an_adapter_over_it_learns_in_bf16_with_checkpointing(kind: str, name: str) -> None:
+    graph = run.apply(quantised(kind, "llama"), adapter(name))
+    model = load_model(graph).train()
+    model.gradient_checkpointing_enable()
+    buffers = {full: buffer.clone() for full, buffer in model.named_buffers()}
+    ids = torch.randint(3, 90, (4, 9))
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    losses = []
+    for _ in range(12):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(torch.equal(buffer, buffers[full]) for full, buffer in model.named_buffers())
