@@ -31,7 +31,7 @@ class TokenRows(Adapter):
 
     Options:
         tokens: the tokens, separated by commas, by text (looked up in the base's tokenizer) or by index.
-        targets: the embedding; the one of the input ids if not given.
+        targets: the embedding; the one of the input ids where none is named.
         init: first values. "base": the base's rows; "normal": N(0, 1).
     """
 
@@ -63,15 +63,19 @@ class TokenRows(Adapter):
         return dataclasses.replace(step, targets=site.path, tokens=",".join(map(str, indices)))
 
     def _table(self, graph: Graph) -> Site:
+        from surgeon.select import check_words, matches
         from surgeon.sites import sites
 
-        if self.targets:
-            found = [item for item in super().match(graph) if not isinstance(item, Skip)]
-        else:
-            found = [site for site in sites(graph, EMBEDDING) if site.layer == "" and _reads_ids(graph, site)]
-        tables = {site.weight: site for site in reversed(found)}
-        if len(tables) != 1:
-            what = f"{len(tables)} embeddings are meant: {', '.join(tables)}" if tables else "no embedding reads ids"
+        every = sites(graph, EMBEDDING)
+        found = [site for site in every if self.targets and matches(self.targets, site.path)]
+        if not found:  # what is named is another method's
+            check_words(self.targets, [site.path for site in (*every, *sites(graph))])
+            found = [site for site in every if site.layer == "" and _reads_ids(graph, site)]
+        tables = {site.weight: site for site in reversed(found) if not matches(self.exclude, site.path)}
+        if not tables:
+            raise UsageError("token_rows has no site to work on", self.exclude, "name the embedding with --targets")
+        if len(tables) > 1:
+            what = f"{len(tables)} embeddings are meant: {', '.join(tables)}"
             raise UsageError(what, f"--targets {self.targets}".strip(), "one at a time: apply token_rows to each")
         return next(iter(tables.values()))
 
@@ -85,9 +89,9 @@ class TokenRows(Adapter):
         return tuple(int(word) for word in self.tokens.split(","))
 
     def cost(self, site: Site) -> Cost:
-        """tokens · hidden parameters; a head multiplies each row again. Where each token's row is, is kept too."""
+        """tokens · hidden parameters; a head multiplies each row again."""
         count = len(self.indices) * site.out
-        return Cost(trained=count, stored=count, frozen=site.inp + len(self.indices), flops=2 * count * self.readers)
+        return Cost(trained=count, stored=count, flops=2 * count * self.readers)
 
     def prepare(self, graph: Graph, chosen: list[Site]) -> TokenRows:
         """With the number of heads that follow."""

@@ -191,7 +191,8 @@ def test_surgeon_reads_what_peft_writes(family: str, config: Any, tmp_path: Path
         ({"tokens": "-1"}, "no row -1"),
         ({"tokens": "5,7,5"}, "named twice"),
         ({"tokens": "<|im_start|>"}, "no tokenizer"),
-        ({"targets": "q_proj"}, "no module matches"),
+        ({"targets": "q_projx"}, "no module matches"),
+        ({"exclude": "embed_tokens"}, "no site to work on"),
         ({"init": "zeros"}, "init is"),
     ],
 )
@@ -199,6 +200,11 @@ def test_what_cannot_be_is_said_in_three_lines(options: dict[str, Any], what: st
     with pytest.raises(UsageError, match=what) as caught:
         applied("llama", **options)
     assert len(str(caught.value).splitlines()) == 3
+
+
+def test_the_targets_of_a_method_beside_it_are_not_its_own() -> None:
+    assert applied("llama", targets="*.{q,v}_proj").applied == applied("llama").applied
+    assert applied("llama", targets="all-linear").applied == applied("llama").applied
 
 
 def test_one_table_at_a_time() -> None:
