@@ -33,9 +33,12 @@ def over_codes(graph: Graph, out: Path, into: str, accept_error: bool, json: boo
             output.say(table(found, into))
 
     done = api.merge_into(graph, out, into=into, accept_error=accept_error, tell=tell, **options)
-    output.emit(summary(done), json)
+    found = summary(done)
+    short = {name: value for name, value in found.items() if name not in ("errors", "quantised")}
+    in_codes = len(done.quantised.quantised) if done.quantised is not None else 0
+    output.emit(found, json, output.fields({**short, "weights in codes": in_codes}))
     if not json:
-        output.say(f"next: surgeon generate {out}" if done.merged else f"wrote {out}, with weights in codes")
+        output.say(f"next: surgeon verify WORK {out}, or surgeon generate {out}")
 
 
 def table(found: tuple[WayError, ...], chosen: str) -> Any:

@@ -1,4 +1,4 @@
-"""Checkpoints that were saved quantised: bitsandbytes, both versions of GPTQ, surgeon's own; trained and merged over."""
+"""Checkpoints saved quantised: bitsandbytes, both versions of GPTQ, surgeon's own form; trained and merged over."""
 
 from __future__ import annotations
 
