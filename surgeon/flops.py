@@ -87,4 +87,3 @@ def _attention_flops(graph: Graph, node: fx.Node) -> int:
         return 0
     q, v = node.args[0].meta["val"], node.args[2].meta["val"]
     return 2 * int(q.shape[1]) * (int(q.shape[3]) + int(v.shape[3]))
-
