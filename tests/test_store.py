@@ -71,8 +71,8 @@ def test_a_work_folder_opens_to_the_same_graph(tmp_path: Path, monkeypatch: pyte
     assert record["schema"] == 1
     assert record["probes"] == probes
     assert record["passes"] == [
-        {"id": "lora", "name": "lora", "options": graph.applied[0].options() | {"ranks": [], "alphas": [], "layouts": []},
-         "folder": ".", "format": "peft"}
+        {"id": "lora", "name": "lora", "folder": ".", "format": "peft",
+         "options": graph.applied[0].options() | {"ranks": [], "alphas": [], "layouts": []}}
     ]  # fmt: skip
     assert set(record["versions"]) == {"surgeon", "torch", "transformers"}
     card = (tmp_path / "work" / "README.md").read_text()

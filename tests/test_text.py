@@ -17,6 +17,7 @@ from surgeon.passes.base import Pass
 from surgeon.passes.dora import Dora
 from surgeon.passes.lora import Lora
 from surgeon.passes.prefix import Prefix
+from surgeon.passes.token_rows import TokenRows
 from surgeon.passes.vera import Vera
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -38,7 +39,9 @@ def test_golden_llama() -> None:
 
 
 @pytest.mark.parametrize(
-    "step", [Lora(rank=2), Dora(rank=2), Vera(rank=2), Prefix(tokens=2)], ids=lambda step: step.name
+    "step",
+    [Lora(rank=2), Dora(rank=2), Vera(rank=2), Prefix(tokens=2), TokenRows(tokens="5,7")],
+    ids=lambda step: step.name,
 )
 def test_golden_diff(step: Pass) -> None:
     assert_golden(f"llama_{step.name}.diff", text.diff(llama(), run.apply(llama(), step), 0))
