@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from torch import fx
-from transformers import AttentionInterface
+from transformers import CONFIG_MAPPING, AttentionInterface, DynamicCache
 
+from benchmarks.zoo.build import build
 from benchmarks.zoo.causal import causal_config
-from benchmarks.zoo.graphs import graph_of, inputs_of, model_of, outputs_of, randomised
+from benchmarks.zoo.graphs import graph_of, graph_over, inputs_of, model_of, outputs_of, randomised
 from surgeon import fold, positions, run
 from surgeon.capture import capture_config
 from surgeon.errors import SurgeonError, UnsupportedError, UsageError
@@ -355,3 +356,21 @@ def test_alibi_is_widened_for_every_layer_or_not_at_all() -> None:
     base = capture_config(causal_config("bloom"), "causal-lm")
     assert "layers share the position biases" in refusal(base, tokens=3, targets="*.h.0.*").what
     assert len(run.apply(base, make("prefix", tokens=3)).trainable()) == 2 * len(base.layers)
+
+
+@torch.no_grad()
+def test_layers_whose_heads_differ_have_columns_of_their_own_size() -> None:
+    """Gemma 4's global layers have wider heads; its own cache takes keys of each layer's size before the text."""
+    fields = {k: v for k, v in causal_config("gemma4_text").to_dict().items() if k != "per_layer_config"}
+    config = CONFIG_MAPPING["gemma4_text"](**fields, global_head_dim=24)
+    model = build(config)
+    base = graph_over(model, config, "causal-lm")
+    graph = randomised(run.apply(base, make("prefix", tokens=TOKENS, hidden=6)))
+    made = [item.columns() for item in fold.columns(graph)]
+    assert [tuple(columns.k.shape) for columns in made] == [(2, TOKENS, 16)] * 3 + [(2, TOKENS, 24)]
+    cache = DynamicCache()
+    for layer, columns in enumerate(made):
+        cache.update(columns.k[None].expand(2, -1, -1, -1), columns.v[None].expand(2, -1, -1, -1), layer)
+    ids = inputs_of(graph)[0]
+    mask = torch.ones(ids.shape[0], TOKENS + ids.shape[1], dtype=torch.long)
+    assert_close(logits_of(graph), model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits)
