@@ -80,8 +80,8 @@ def _unbiased(edit: Edit, bias: fx.Node, count: int, added: fx.Node | None) -> f
 def gate(edit: Edit, gates: fx.Node) -> tuple[fx.Node, fx.Node]:
     """log a and g / a with a = √(g² + ε²), of gates g `[h_kv, p]`: added to scores `[1, h, 1, p]`, factor on values.
 
-    Computed in fp32, because fp16 has no ε. A closed gate learns in fp32 and bf16 alone: its columns' share of attention
-    is 0 in fp16.
+    Computed in fp32, because fp16 has no ε. A closed gate learns in fp32 and bf16 alone: in fp16 its columns' share of
+    the attention is 0.
     """
     wide = edit.call(aten.to.dtype, gates, torch.float32)
     size = edit.call(aten.sqrt.default, edit.call(aten.add.Tensor, edit.mul(wide, wide), FLOOR**2))
