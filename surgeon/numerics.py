@@ -34,7 +34,7 @@ FP4 = (*(x / 12 for x in _TWELFTHS), *(-x / 12 for x in _TWELFTHS))
 BOOKS = {"nf4": NF4, "fp4": FP4}
 KINDS = tuple(BOOKS)
 _CELLS = 2048
-_CHUNK = 1 << 16
+_CHUNK = 1 << 18  # elements at once, whole blocks: small enough to stay in cache
 
 
 @dataclass(frozen=True)
@@ -113,18 +113,24 @@ def quantise_4bit(weight: torch.Tensor, kind: str = "nf4", *, double: bool = Fal
     Raises:
         UsageError: a value is not finite.
     """
-    blocks = _blocks(weight, block)
-    absmax = blocks.abs().amax(1)
-    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
+    made = [_quantised(part, kind, block) for part in weight.reshape(-1).split(_CHUNK)]
+    packed, absmax = made[0] if len(made) == 1 else (torch.cat(parts) for parts in zip(*made, strict=True))
     _require_finite(absmax)
-    if weight.numel() % block:
-        absmax[-1].clamp_(min=1e-38)
-        scaled[-1] = (blocks[-1] / absmax[-1]).clamp_(-1, 1)
-    packed = pack_high_first(nearest_codes(scaled.flatten()[: weight.numel() + weight.numel() % 2], kind))
     if not double:
         return FourBit(packed, absmax, tuple(weight.shape), kind, None, block)
     stored, nested = quantise_absmax(absmax)
     return FourBit(packed, stored, tuple(weight.shape), kind, nested, block)
+
+
+def _quantised(flat: torch.Tensor, kind: str, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed codes and absmax of consecutive elements, of which only the last block may not be full."""
+    blocks = _blocks(flat, block)
+    absmax = blocks.abs().amax(1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
+    if len(flat) % block:
+        absmax[-1].clamp_(min=1e-38)
+        scaled[-1] = (blocks[-1] / absmax[-1]).clamp_(-1, 1)
+    return pack_high_first(nearest_codes(scaled.nan_to_num_(0.0).flatten()[: len(flat) + len(flat) % 2], kind)), absmax
 
 
 def nearest_codes(scaled: torch.Tensor, kind: str) -> torch.Tensor:
@@ -136,7 +142,7 @@ def nearest_codes(scaled: torch.Tensor, kind: str) -> torch.Tensor:
     """
     below, inside = (table.to(scaled.device) for table in _cells(kind))
     parts = []
-    for part in scaled.split(_CHUNK):  # small enough to stay in cache
+    for part in scaled.split(_CHUNK):
         cell = (part + 1).mul_(_CELLS // 2).int()
         parts.append(torch.index_select(below, 0, cell).add_(part > torch.index_select(inside, 0, cell)))
     rank = parts[0] if len(parts) == 1 else torch.cat(parts)

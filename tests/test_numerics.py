@@ -78,6 +78,16 @@ def test_codes_and_absmax_are_those_of_bitsandbytes(kind: str, dtype: torch.dtyp
         assert torch.equal(ours.nested.offset, state.offset)
 
 
+def test_large_tensors_are_quantised_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [torch.randn(shape) for shape in SHAPES]
+    whole = [quantise_4bit(weight) for weight in weights]
+    monkeypatch.setattr("surgeon.numerics._CHUNK", 128)
+    for weight, expected in zip(weights, whole, strict=True):
+        found = quantise_4bit(weight)
+        assert torch.equal(found.codes, expected.codes)
+        assert torch.equal(found.absmax, expected.absmax)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_dequantised_weights_are_those_of_bitsandbytes(kind: str) -> None:
     for shape in [(5, 130), (64, 64), (257, 300)]:
