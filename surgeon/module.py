@@ -24,10 +24,10 @@ assert ops  # registers the operators
 class Scope(nn.Module):
     """A module that only holds tensors and other modules.
 
-    `mixed` says that what passes inserted has another dtype than the base (see `surgeon.mixed`).
+    `_mixed` says that what passes inserted has another dtype than the base (see `surgeon.mixed`).
     """
 
-    mixed = False
+    _mixed = False
 
     def forward(self, *args: Any) -> Any:
         """Raises: a scope has no function of its own."""
@@ -54,7 +54,7 @@ class Layer(Scope):
 
     def forward(self, *args: Any) -> Any:
         """Run the layer; with checkpointing its activations are recomputed in the backward pass."""
-        function = code(self.graph).choose(training=self.training, mixed=self.mixed, device=self.model_device.type)
+        function = code(self.graph).choose(training=self.training, mixed=self._mixed, device=self.model_device.type)
         if self.checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(function, self, *args, use_reentrant=False)
         return function(self, *args)
@@ -69,7 +69,7 @@ class GraphModule(Scope):
 
     def run(self, trunk: fx.Graph, *inputs: Any) -> tuple[Any, ...]:
         """Run a trunk (the graph's own, or a variant such as the one without its head) on this module's tensors."""
-        function = code(trunk).choose(training=self.training, mixed=self.mixed, device=self.model_device.type)
+        function = code(trunk).choose(training=self.training, mixed=self._mixed, device=self.model_device.type)
         result: tuple[Any, ...] = function(self, *inputs)
         return result
 
@@ -120,7 +120,7 @@ def note_dtypes(root: GraphModule) -> None:
     mixed = bool(adapters) and not adapters <= {dtype for name, dtype in dtypes.items() if name not in inserted}
     for scope in root.modules():
         if isinstance(scope, Scope):
-            scope.mixed = mixed
+            scope._mixed = mixed
 
 
 def rebind(graph: Graph, loaded: nn.Module) -> GraphModule:

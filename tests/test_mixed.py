@@ -38,8 +38,8 @@ def test_the_adapters_stay_in_fp32_and_the_result_is_close(name: str) -> None:
     whole, model = load_model(adapted(name)), in_bf16(name)
     ids = build.tokens(whole.config, 2, 9)["input_ids"]
     expected, found = whole(input_ids=ids).logits, model(input_ids=ids).logits
-    assert model.mixed
-    assert not whole.mixed
+    assert model._mixed
+    assert not whole._mixed
     assert found.dtype == torch.bfloat16
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert (found - expected).abs().max() <= 0.05 * expected.abs().max()
