@@ -1,4 +1,4 @@
-"""The contract under stress: methods that surgeon does not register yet, each written in a few lines against it.
+"""The contract under stress: methods old and new, most of them not registered, each in a few lines against it.
 
 Each is applied, compared with its formula on transformers' own modules, trained, merged (or finalised), and taken out.
 """
