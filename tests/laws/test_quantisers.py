@@ -119,17 +119,19 @@ def test_taken_out_it_leaves_nothing(kind: str, family: str) -> None:
     assert torch.equal(outputs_of(back), outputs_of(base))
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
 @pytest.mark.parametrize(
-    ("kind", "family"),
+    ("name", "kind", "family"),
     [
-        ("nf4", "llama"),
-        ("int3", "gpt2"),
-        pytest.param("nf4", "gpt2", marks=pytest.mark.slow),
-        pytest.param("int3", "llama", marks=pytest.mark.slow),
+        *((name, "nf4", "llama") for name in ADAPTERS),
+        ("lora", "int3", "gpt2"),
+        *(
+            pytest.param(name, *pair, marks=pytest.mark.slow)
+            for name in ADAPTERS
+            for pair in (("nf4", "gpt2"), ("int3", "gpt2"), ("int3", "llama"))
+        ),
     ],
 )
-def test_every_adapter_stands_over_it_and_under_it(kind: str, name: str, family: str) -> None:
+def test_every_adapter_stands_over_it_and_under_it(name: str, kind: str, family: str) -> None:
     base, step = graph_of(family), step_of(kind)
     over = randomised(run.apply(quantised(kind, family), adapter(name)))
     if find(name).reads_weight:
