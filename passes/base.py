@@ -71,6 +71,7 @@ class Pass:
         stacks: whether it may be applied to a graph that already has it.
         kinds: kinds of site it works on.
         offered: whether users apply it by its name; the others are surgeon's own.
+        training_only: whether it changes nothing but how the model trains, so that what is deployed is without it.
         derived: whether what it inserts follows from the base and its options, and is made anew rather than stored.
         learning_rate: AdamW's, where the user names none.
     """
@@ -80,6 +81,7 @@ class Pass:
     stacks: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ()
     offered: ClassVar[bool] = False
+    training_only: ClassVar[bool] = False
     derived: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 2e-4
 

@@ -33,6 +33,7 @@ class ShiftedSparseAttention(Pass):
     keeps: ClassVar[str] = "exact"
     stacks: ClassVar[bool] = False
     offered: ClassVar[bool] = True
+    training_only: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = (ATTENTION,)
     group: int = 0
     wrap: bool = False

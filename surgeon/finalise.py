@@ -1,4 +1,4 @@
-"""Adapters that do not fold, in their final form: what made their columns and rows while they trained is gone."""
+"""A graph in its final form: what only training needed is gone, and what does not fold is constant columns and rows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from surgeon.strip import without
 
 def finalise(graph: Graph) -> Graph:
     """The graph with what folds folded in, and the rest as constant columns and rows; tensors of the base are kept."""
+    training = {owner for owner, step in run.owners(graph.applied).items() if step.training_only}
+    graph = without(graph, training) if training else graph
     folded = fold.fold(graph) if fold.folds(graph) else graph
     left = fold.rest(folded)
     names = {item.owner for item in left}

@@ -95,6 +95,17 @@ def test_a_merged_folder_says_it_and_transformers_agrees(form: str, tmp_path: Pa
     assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
+@pytest.mark.slow
+def test_onnx_generates_what_the_work_folder_does(tmp_path: Path) -> None:
+    model = surgeon.apply(folder_of("llama"), "longlora", rank=2, context=256)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    model.save(tmp_path / "work")
+    report = surgeon.export(tmp_path / "work", tmp_path / "onnx")
+    assert report.replay.token_agreement == 1
+
+
 def test_a_work_folder_has_its_context_already(tmp_path: Path) -> None:
     base = folder_of("llama")
     surgeon.apply(base, "lora", rank=2, context=256).save(tmp_path / "work")

@@ -10,6 +10,7 @@ from benchmarks.zoo.graphs import graph_of, inputs_of, outputs_of, randomised
 from surgeon import fold, run
 from surgeon.capture import capture_config
 from surgeon.errors import SurgeonError, UsageError
+from surgeon.finalise import finalise
 from surgeon.graph import Graph, copied
 from surgeon.module import load
 from surgeon.passes import make
@@ -112,6 +113,13 @@ def test_with_a_prefix_and_lora_and_taken_out_again() -> None:
     assert {*groups(left).values()} == {0}
     assert left.text() == plain.text()
     assert fold.folds(graph)
+
+
+def test_nothing_of_it_is_deployed() -> None:
+    graph = run.apply(graph_of("llama"), make("lora", rank=2), make(NAME, group=4), make("prefix", tokens=3))
+    final = finalise(randomised(graph))
+    assert [step.name for step in final.applied] == ["prefix"]
+    assert {*groups(final).values()} == {0}
 
 
 def test_gradients_reach_the_adapter() -> None:
