@@ -11,6 +11,7 @@ from peft.tuners.adalora.layer import RankAllocator
 
 from benchmarks.zoo.folders import base_of, captured, reference
 from benchmarks.zoo.graphs import graph_of, inputs_of, randomised
+from benchmarks.zoo.oracles import assert_merged_alike
 from surgeon import fold, run, store
 from surgeon.allocation import AllocateRanks
 from surgeon.errors import UsageError
@@ -183,7 +184,7 @@ def test_peft_loads_what_surgeon_writes(
     again = store.load_adapter(tmp_path / "work")
     assert again.text() == graph.text()
     assert all(torch.equal(again.inserted[name](), graph.inserted[name]()) for name in graph.inserted)
-    assert_same_merge(theirs, graph)
+    assert_merged_alike(theirs, graph)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -214,11 +215,4 @@ def test_surgeon_loads_and_merges_what_peft_writes(pruned: bool, tmp_path: Path)
     ranks = {spec.shape[0] for name, spec in graph.tensors.items() if name.endswith(".adalora.e")}
     assert (0 in ranks and len(ranks) > 2) if pruned else ranks == {5}
     fresh = peft.PeftModel.from_pretrained(reference(folder), tmp_path)
-    assert_same_merge(fresh, graph)
-
-
-def assert_same_merge(model: Any, graph: Any) -> None:
-    """PEFT's merge and ours, bit for bit."""
-    ours = fold.fold(graph)
-    for name, parameter in model.merge_and_unload().named_parameters():
-        assert torch.equal(parameter.data, ours.values[ours.resolve(name)]), name
+    assert_merged_alike(fresh, graph)

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.zoo.folders import base_of, captured, reference
 from benchmarks.zoo.graphs import close, graph_of, inputs_of, model_of, outputs_of, randomised
+from benchmarks.zoo.oracles import assert_merged_alike, losses_on
 from surgeon import convert, fold, run, store
 from surgeon.errors import UnsupportedError, UsageError
 from surgeon.graph import Graph
@@ -130,14 +131,7 @@ def test_peft_loads_and_merges_what_surgeon_writes(case: str, tmp_path: Path) ->
     inputs = dict(zip(graph.inputs, inputs_of(graph), strict=True))
     with torch.no_grad():
         assert close(load_model(graph)(**inputs).logits, model(**inputs).logits)  # type: ignore[arg-type]
-    same_bits(model, graph)
-
-
-def same_bits(model: Any, graph: Graph) -> None:
-    ours = fold.fold(graph)
-    for name, parameter in model.merge_and_unload().named_parameters():
-        value = ours.inserted[name]() if name in ours.inserted else ours.values[ours.resolve(name)]
-        assert torch.equal(parameter.data, value), name
+    assert_merged_alike(model, graph)
 
 
 @quiet
@@ -153,7 +147,7 @@ def test_surgeon_loads_what_peft_writes(family: str, targets: list[str], tmp_pat
     model.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     graph = store.load_adapter(tmp_path / "theirs", folder)
     assert isinstance(graph.applied[0], Dora)
-    same_bits(model.eval(), graph)
+    assert_merged_alike(model.eval(), graph)
 
 
 def test_it_converts_to_lora_with_the_error_that_a_rank_has() -> None:
@@ -199,14 +193,6 @@ def test_no_second_weight_is_made() -> None:
 def test_it_learns_four_points() -> None:
     model = load_model(applied(rank=8)).train()
     ids = torch.randint(3, 112, (4, 6), generator=torch.Generator().manual_seed(0))
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    losses = []
-    for _ in range(40):
-        loss = model(input_ids=ids, labels=ids).loss
-        assert loss is not None
-        losses.append(float(loss.detach()))
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
+    losses = losses_on(model, ids, lr=0.02, steps=40)
     assert losses[-1] < 0.2 * losses[0]
     assert close(outputs_of(fold.fold(model.trained())), outputs_of(model.trained()))

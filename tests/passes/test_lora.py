@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.zoo.graphs import graph_of, inputs_of, model_of, randomised
+from benchmarks.zoo.oracles import losses_on
 from surgeon import fold, run
 from surgeon.errors import UsageError
 from surgeon.graph import Graph
@@ -128,15 +129,7 @@ def test_dropout_is_on_the_adapters_input() -> None:
 def test_it_learns_four_points() -> None:
     model = load_model(run.apply(graph_of("llama"), make("lora", rank=8, targets="all-linear"))).train()
     ids = torch.randint(3, 112, (4, 6), generator=torch.Generator().manual_seed(0))
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    losses = []
-    for _ in range(40):
-        loss = model(input_ids=ids, labels=ids).loss
-        assert loss is not None
-        losses.append(float(loss.detach()))
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
+    losses = losses_on(model, ids, lr=0.02, steps=40)
     assert losses[-1] < 0.2 * losses[0]
     merged, adapted = fold.fold(model.trained()), model.eval()
     x = dict(zip(merged.inputs, inputs_of(merged), strict=True))

@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING
 from benchmarks.zoo import build
 from benchmarks.zoo.custom import OddConfig, OddModel
 from benchmarks.zoo.graphs import close, graph_over, inputs_of, outputs_of, randomised
+from benchmarks.zoo.oracles import assert_merged_alike
 from surgeon import fold, run, store
 from surgeon.errors import UnsupportedError, UsageError
 from surgeon.graph import Graph
@@ -132,9 +133,7 @@ def test_peft_reads_what_is_written(targets: str, tmp_path: Path) -> None:
         return
     model = PeftModel.from_pretrained(reference(), tmp_path / "work").eval()
     assert close(outputs_of(graph), states(model, graph))
-    merged = fold.fold(graph)
-    for name, parameter in model.merge_and_unload().named_parameters():
-        assert torch.equal(parameter, merged.values[name]), name
+    assert_merged_alike(model, graph)
 
 
 def peft_model(*targets: str) -> Any:
@@ -151,9 +150,7 @@ def test_what_peft_writes_is_read(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     graph = store.load_adapter(tmp_path, odd()[0].folder, "features")
     assert close(outputs_of(graph), states(model, graph))
-    merged = fold.fold(graph)
-    for name, parameter in model.merge_and_unload().named_parameters():
-        assert torch.equal(parameter, merged.values[name]), name
+    assert_merged_alike(model, graph)
 
 
 def test_what_peft_has_above_the_size_of_a_layer_is_read(tmp_path: Path) -> None:
@@ -246,9 +243,7 @@ def test_adalora_over_planes_in_peft(tmp_path: Path) -> None:
     store.save(graph, tmp_path / "work")
     model = PeftModel.from_pretrained(reference(), tmp_path / "work").eval()
     assert close(outputs_of(graph), states(model, graph))
-    merged = fold.fold(graph)
-    for name, parameter in model.merge_and_unload().named_parameters():
-        assert torch.equal(parameter, merged.values[name]), name
+    assert_merged_alike(model, graph)
     assert torch.equal(outputs_of(store.load(tmp_path / "work")), outputs_of(graph))
 
 

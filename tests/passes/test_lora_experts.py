@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.zoo.folders import base_of, captured, reference
 from benchmarks.zoo.graphs import close, inputs_of, outputs_of, randomised
+from benchmarks.zoo.oracles import assert_merged_alike
 from surgeon import fold, passes, run, store
 from surgeon.errors import UsageError
 from surgeon.graph import Graph
@@ -44,12 +45,6 @@ def trained(family: str, targets: str = "*.experts.*,q_proj", **options: Any) ->
 def logits(model: Any, graph: Graph) -> torch.Tensor:
     result: torch.Tensor = model(**dict(zip(graph.inputs, inputs_of(graph), strict=True))).logits
     return result.flatten()
-
-
-def assert_merged_alike(model: Any, graph: Graph) -> None:
-    merged = fold.fold(graph)
-    for name, parameter in model.merge_and_unload().named_parameters():
-        assert torch.equal(parameter, merged.values[name]), name
 
 
 @everywhere

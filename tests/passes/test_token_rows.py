@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.zoo.folders import base_of, captured, reference
 from benchmarks.zoo.graphs import close, graph_of, inputs_of, model_of, outputs_of, randomised
+from benchmarks.zoo.oracles import assert_merged_alike, losses_on
 from surgeon import convert, fold, passes, run, store
 from surgeon.errors import UnsupportedError, UsageError
 from surgeon.graph import Graph, tag
@@ -147,14 +148,7 @@ def test_peft_reads_what_surgeon_writes(family: str, beside: str, tmp_path: Path
     inputs["input_ids"][:, :3] = torch.tensor(ROWS)
     with torch.no_grad():
         assert close(load_model(graph)(**inputs).logits, model(**inputs).logits)  # type: ignore[arg-type]
-    same_bits(model, graph)
-
-
-def same_bits(model: Any, graph: Graph) -> None:
-    ours = fold.fold(graph)
-    for name, parameter in model.merge_and_unload().named_parameters():
-        value = ours.inserted[name]() if name in ours.inserted else ours.values[ours.resolve(name)]
-        assert torch.equal(parameter.data, value), name
+    assert_merged_alike(model, graph)
 
 
 @quiet
@@ -179,7 +173,7 @@ def test_surgeon_reads_what_peft_writes(family: str, config: Any, tmp_path: Path
     model.save_pretrained(tmp_path / "theirs")
     graph = store.load_adapter(tmp_path / "theirs", folder)
     assert "token_rows.rows" in graph.trainable()
-    same_bits(model.eval(), graph)
+    assert_merged_alike(model.eval(), graph)
 
 
 @pytest.mark.parametrize(
@@ -253,13 +247,5 @@ def test_replaced_rows_in_parts() -> None:
 def test_it_learns_a_new_word() -> None:
     model = load_model(applied("gemma2")).train()
     ids = torch.tensor([[5, 40, 5, 41, 5, 40]])
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    losses = []
-    for _ in range(30):
-        loss = model(input_ids=ids, labels=ids).loss
-        assert loss is not None
-        losses.append(float(loss.detach()))
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
+    losses = losses_on(model, ids, lr=0.05, steps=30)
     assert losses[-1] < 0.7 * losses[0]

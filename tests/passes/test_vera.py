@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.zoo.graphs import graph_of, inputs_of, randomised
+from benchmarks.zoo.oracles import losses_on
 from surgeon import fold, run
 from surgeon.errors import UsageError
 from surgeon.model import load_model
@@ -94,13 +95,5 @@ def test_dropout_is_on_the_adapters_input_while_training() -> None:
 def test_it_learns_four_points() -> None:
     model = load_model(run.apply(graph_of("llama"), make("vera", rank=64, targets="all-linear"))).train()
     ids = torch.randint(3, 112, (4, 6), generator=torch.Generator().manual_seed(0))
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    losses = []
-    for _ in range(40):
-        loss = model(input_ids=ids, labels=ids).loss
-        assert loss is not None
-        losses.append(float(loss.detach()))
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
+    losses = losses_on(model, ids, lr=0.1, steps=40)
     assert losses[-1] < 0.3 * losses[0]
