@@ -68,9 +68,12 @@ class Prompt(Adapter):
             raise UsageError(f"prompt: layout is '{self.layout}'", "--layout", f"{TOKENS} or {PEFT}")
 
     def requires(self, graph: Graph) -> None:
-        """Raise UsageError for more rows than the model has positions."""
+        """Raise UsageError for more rows than the model has positions, and for a side that it has not."""
         from surgeon import positions
 
+        if self.side != ENCODER and "decoder_input_ids" not in graph.inputs:
+            what = f"prompt: {graph.config.model_type} is no encoder-decoder and has no side '{self.side}'"
+            raise UsageError(what, "--side", "leave it out: the rows stand before the tokens")
         limit = positions.limit(graph)
         if limit and self.tokens >= limit:
             what = f"prompt: {self.tokens} virtual tokens leave no room for text"

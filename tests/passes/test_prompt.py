@@ -124,6 +124,7 @@ REFUSED = [
     ("llama", {"tokens": 0}, "tokens is 0"),
     ("llama", {"tokens": 64}, "leave no room"),
     ("gpt2", {"tokens": 70}, "leave no room"),
+    ("llama", {"side": "both"}, "no encoder-decoder and has no side 'both'"),
     ("llama", {"init": "zeros"}, "init is 'zeros'"),
     ("llama", {"side": "left"}, "side is 'left'"),
     ("llama", {"layout": "both"}, "layout is 'both'"),
