@@ -10,7 +10,9 @@ import typer
 from surgeon.cli import output
 from surgeon.errors import UsageError, nearest
 from surgeon.options import equation, methods, options_of, summary
+from surgeon.passes import find
 from surgeon.passes.base import Pass
+from surgeon.presets import PRESETS, Preset
 
 
 def command(
@@ -26,11 +28,24 @@ def command(
     known = methods()
     if not name:
         rows = [(found, equation(method)) for found, method in known.items()]
-        output.emit({"passes": {found: _facts(method) for found, method in known.items()}}, json, _list(rows))
+        rows += [(found, f"{' + '.join(spelled(preset))}: {preset.summary}") for found, preset in PRESETS.items()]
+        facts = {found: _facts(method) for found, method in known.items()}
+        presets = {found: {"summary": preset.summary, "passes": spelled(preset)} for found, preset in PRESETS.items()}
+        output.emit({"passes": facts, "presets": presets}, json, _list(rows))
+        return
+    name = name.replace("-", "_")
+    if name in PRESETS:
+        preset = PRESETS[name]
+        output.emit({"name": name, "summary": preset.summary, "passes": spelled(preset)}, json)
         return
     if name not in known:
-        raise UsageError(f"unknown method '{name}'", "surgeon passes", f"nearest: {nearest(name, known)}")
+        raise UsageError(f"unknown method '{name}'", "surgeon passes", f"nearest: {nearest(name, [*known, *PRESETS])}")
     output.emit({"name": name, **_facts(known[name])}, json, _page(known[name]))
+
+
+def spelled(preset: Preset) -> list[str]:
+    """The passes of a preset as they would be written on the command line."""
+    return [find(step).make(options).spec() for step, options in preset.steps]
 
 
 def _list(rows: list[tuple[str, str]]) -> Any:

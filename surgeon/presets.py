@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from surgeon.errors import UsageError, nearest
-from surgeon.passes import find
+from surgeon.passes import PASSES, find
 from surgeon.passes.base import Pass
 from surgeon.select import ALL_EMBEDDINGS, ALL_LINEAR, ALL_NORMS, ATTENTION_LINEAR
 
@@ -48,8 +48,14 @@ PRESETS: Mapping[str, Preset] = {
 
 
 def passes_of(method: str) -> Mapping[str, Mapping[str, Any]]:
-    """The names of the passes that a method or preset is, with the options that the preset gives them."""
+    """The names of the passes that a method or preset is, with the options that the preset gives them.
+
+    Raises:
+        UsageError: there is none of this name; the nearest ones are suggested.
+    """
     name = method.replace("-", "_")
+    if name not in PRESETS and name not in PASSES:
+        raise UsageError(f"unknown method '{name}'", "--method", f"nearest: {nearest(name, [*PASSES, *PRESETS])}")
     return dict(PRESETS[name].steps) if name in PRESETS else {name: {}}
 
 

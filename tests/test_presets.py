@@ -1,27 +1,57 @@
-"""Presets: the passes and options of QLoRA and QA-LoRA, as the command line makes them."""
+"""Presets: what they stand for, whose options they take, and that every one can be applied."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from benchmarks.zoo.graphs import graph_of
+from surgeon import run
 from surgeon.cli.methods import chosen
 from surgeon.errors import UsageError
-from surgeon.passes import make
-from surgeon.presets import steps_of
+from surgeon.options import options_of
+from surgeon.passes import find
+from surgeon.planning import plan
+from surgeon.presets import PRESETS, passes_of, steps_of
 
 
-def test_qlora_is_lora_on_every_linear_over_nf4() -> None:
-    expected = [make("nf4"), make("lora", targets="all-linear", rank=64, alpha=16.0, dropout=0.05)]
-    assert steps_of("qlora", {}) == chosen(["qlora"], {}) == expected
-    assert expected[0].options()["double"] is True
+def small(name: str) -> dict[str, Any]:
+    """Options that fit tiny layers."""
+    return {"rank": 2, **({"group": 16} if name != "qlora" else {})}
 
 
-def test_qa_lora_pools_the_groups_of_the_integers() -> None:
-    assert chosen(["qa-lora"], {}) == [make("intq"), make("qalora", rank=64, alpha=16.0)]
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_applied(name: str) -> None:
+    steps = steps_of(name, small(name))
+    graph = run.apply(graph_of("llama"), *steps)
+    assert [step.name for step in graph.applied] == list(passes_of(name))
+    assert graph.trainable()
+    assert plan(graph_of("llama"), *steps).trainable_parameters == sum(s.count for s in graph.trainable().values())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_a_preset_names_are_options(name: str) -> None:
+    for step, options in PRESETS[name].steps:
+        assert set(options) <= {option.name for option in options_of(find(step))}
 
 
 def test_options_go_to_the_passes_that_have_them() -> None:
-    quantiser, adapter = chosen(["qa-lora(bits=2)"], {"rank": "4"})
-    assert (quantiser, adapter) == (make("intq", bits=2), make("qalora", rank=4))
-    with pytest.raises(UsageError, match="no option 'bits'"):
-        steps_of("qlora", {"bits": 3})
+    lora, sparse = steps_of("longlora", {"rank": 3, "group": 8})
+    assert lora.options()["rank"] == 3
+    assert sparse.options()["group"] == 8
+    assert lora.options()["targets"] == "attention-linear"
+
+
+def test_the_command_line_overrides_a_preset_and_parentheses_the_command_line() -> None:
+    lora, sparse = chosen(["longlora(rank=3)"], {"rank": "5", "targets": "*.q_proj", "wrap": True})
+    assert lora.options()["rank"] == 3
+    assert lora.options()["targets"] == "*.q_proj"
+    assert sparse.options()["wrap"]
+
+
+def test_an_option_of_none_of_its_passes() -> None:
+    with pytest.raises(UsageError, match="longlora has no option 'tokens'"):
+        steps_of("longlora", {"tokens": 3})
+    with pytest.raises(UsageError, match="no option --tokens"):
+        chosen(["longlora"], {"tokens": "3"})

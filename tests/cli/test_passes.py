@@ -10,6 +10,7 @@ import pytest
 
 from surgeon.cli.main import main
 from surgeon.passes import PASSES
+from surgeon.presets import PRESETS
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
@@ -17,7 +18,20 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(json.loads(capsys.readouterr().out)["passes"]) == set(PASSES)
     assert main(["passes"]) == 0
     listed = capsys.readouterr().err
-    assert all(name in listed for name in PASSES)
+    assert all(name in listed for name in (*PASSES, *PRESETS))
+
+
+@pytest.mark.parametrize("name", ["longlora", "qa-lora"])
+def test_a_preset(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["passes", name, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["passes"]) == 2
+    assert "et al." in found["summary"]
+
+
+def test_the_nearest_of_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["passes", "long-lora"]) == 2
+    assert "nearest: longlora" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", PASSES)
