@@ -84,13 +84,13 @@ def totals(plan: Plan) -> dict[str, str]:
     """The numbers below the table."""
     share = 100 * plan.trainable_parameters / max(plan.base_parameters, 1)
     stored = f"{output.size(plan.bytes.adapter)} · {plan.stored_parameters:,} numbers in fp32"
-    flops = plan.flops_per_token
+    flops, trained = plan.flops_per_token, sum(site.trainable_parameters > 0 for site in plan.sites)
     added = 100 * flops.adapter / max(flops.base, 1)
     size = output.size(plan.bytes.base)
     size += f", in memory {output.size(plan.bytes.memory)}" if plan.bytes.memory != plan.bytes.base else ""
     return {
         "model": f"{plan.model}, {plan.task} · {plan.base_parameters:,} parameters · {size}",
-        "trains": f"{plan.trainable_parameters:,} parameters ({share:.3g} %) at {plan.site_count} sites",
+        "trains": f"{plan.trainable_parameters:,} parameters ({share:.3g} %) at {trained} sites",
         "stored": f"{stored}, {plan.frozen_parameters:,} of them frozen" if plan.frozen_parameters else stored,
         "training": f"{output.size(plan.bytes.training)} for weights, gradients and AdamW; activations come on top",
         "per token": f"forward {_flops(flops.forward)} (+{added:.2g} %) · training step {_flops(flops.training_step)}",
