@@ -18,7 +18,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -154,7 +156,8 @@ def main() -> None:
     of = setting(options.steps, options.length, options.ranks, options.seed, options.rslora)
     result = measure(options.rates, options.times, of, update=options.update, distribution=options.distribution)
     told = {name: value for name, value in vars(options).items() if name != "out"} | {"alpha": ALPHA}
-    result = {"options": told, "minutes": round((time.process_time() - began) / 60, 1), **result}
+    command = shlex.join(["python", "-m", "benchmarks.dylora", *sys.argv[1:]])
+    result = {"command": command, "options": told, "minutes": round((time.process_time() - began) / 60, 1), **result}
     options.out.write_text(json.dumps(result, indent=2) + "\n")
     show(result, options.ranks)
 
