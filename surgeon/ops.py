@@ -150,13 +150,13 @@ def attention(
         `[b, h, t, d_v]`.
     """
     queries, keys, grouped = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
+    if mask is not None and not _tracing(q) and _hides_nothing(mask):
+        mask = None  # a mask that hides nothing would only cost the [t, s] additions
     if group:
         options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "dropout_p": dropout_p}
         attend = functools.partial(attention, **options, prefix=prefix)  # type: ignore[arg-type]
         return segmented(q, k, v, mask, bias, sinks, group=group, wrap=wrap, prefix=prefix, attend=attend)
     if not _tracing(q):
-        if mask is not None and _hides_nothing(mask):
-            mask = None  # a mask that hides nothing would only cost the [t, s] additions
         if window and window >= keys:
             window = 0
         if queries == 1 and not window:

@@ -53,6 +53,7 @@ def segmented(
     Returns:
         `[b, h, t, d_v]`.
     """
+    bias = None if bias is None else bias[(None,) * (4 - bias.dim())]
     order = None if mask is None else _from_first_token(mask, prefix)
     if order is not None and mask is not None:
         q, bias = _at(q, order - prefix, 2), None if bias is None else _moved(bias, order, prefix)
@@ -65,7 +66,7 @@ def segmented(
         shift = group // 2 if half else 0
         halves.append(_rolled(own, group, shift, prefix, attend) if wrap else _cut(own, group, shift, prefix, attend))
     result = torch.cat(halves, 1)
-    return result if order is None else _at(result, _inverse(order - prefix), 2)
+    return result if order is None else _at(result, (order - prefix).argsort(-1), 2)
 
 
 def boundaries(length: int, group: int, shift: int) -> list[int]:
@@ -170,10 +171,6 @@ def _from_first_token(mask: torch.Tensor, prefix: int) -> torch.Tensor | None:
         return None
     length = tokens.shape[1]
     return (torch.arange(length, device=mask.device) + leading) % length + prefix
-
-
-def _inverse(order: torch.Tensor) -> torch.Tensor:
-    return order.argsort(-1)
 
 
 def _at(x: torch.Tensor, index: torch.Tensor, axis: int) -> torch.Tensor:

@@ -94,6 +94,7 @@ def test_bias_and_soft_caps_go_with_their_segment() -> None:
     hidden = [~allowed(12, 4, shift, 0, 0) for shift in (0, 2)]
     mask = torch.stack([hidden[0], hidden[0], hidden[1], hidden[1]])[None]
     found = attend(q, k, v, bias=bias, group=4)
+    torch.testing.assert_close(found, attend(q, k, v, bias=bias[0], group=4))
     expected = attend(q, k, v, bias=bias.masked_fill(mask, -torch.inf))
     torch.testing.assert_close(found, expected)
     capped = attend(q, k, v, group=4, softcap=2.0)
