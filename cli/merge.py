@@ -66,25 +66,25 @@ def command(
             raise UsageError("--bake-prompt is exact and checked as it is", "--bake-prompt", "leave the others out")
         _bake(folder, out, base, overwrite, json)
         return
-    import torch
-
     from surgeon import api
     from surgeon.lower.into import is_quantised
 
     graph = api.to_merge(folder, base, rank)
-    given: dict[str, Any] = {
-        "overwrite": overwrite,
-        "dtype": getattr(torch, dtype) if dtype else None,
-        "verify": verify,
-    }
+    given = {"overwrite": overwrite, "dtype": _dtype(dtype), "verify": verify, "strict": strict}
     if into or accept_error or is_quantised(graph):
-        over_codes(graph, out, into or "dequant", accept_error, json, {**given, "strict": strict})
+        over_codes(graph, out, into or "dequant", accept_error, json, given)
         return
     with output.bar("merging") as advance:
-        merged = api.merge(graph, out, strict=strict, progress=advance, **given)
+        merged = api.merge(graph, out, progress=advance, **given)
     output.emit(summary(merged), json)
     if not json:
         _say_next(folder, out, merged)
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    return getattr(torch, name) if name else None
 
 
 def _say_next(folder: Path, out: Path, merged: Merged) -> None:

@@ -95,15 +95,19 @@ def train(
             run=run,
             tokenizer=tokenizer,
         )
-        if checkpoint is not None and done >= run["total_steps"]:
-            trainer.load_finished(checkpoint)
-        else:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        _train(trainer, checkpoint, finished=done >= run["total_steps"])
     plot = out / "loss.png"
     plot_log(log.path, plot, f"{run['total_steps']} steps, {trainable:,} trained parameters")
     for hook in hooks:
         hook.report(out)
     return _report(trainer, log, plot, trainable, samples.summary(), time.perf_counter() - began, done)
+
+
+def _train(trainer: SurgeonTrainer, checkpoint: Path | None, *, finished: bool) -> None:
+    if checkpoint is not None and finished:
+        trainer.load_finished(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
 @contextmanager

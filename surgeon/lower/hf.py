@@ -195,7 +195,12 @@ def _write_index(checkpoint: Checkpoint, files: list[_File], folder: Path) -> No
         return
     # How many parameters there are is no longer known from the base's index.
     metadata = {key: value for key, value in index.get("metadata", {}).items() if key != "total_parameters"}
-    index = {"metadata": {**metadata, "total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    write_index(folder, weight_map, {**metadata, "total_size": size})
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], metadata: Mapping[str, Any]) -> None:
+    """The index of a checkpoint in several files: name of a tensor → its file."""
+    index = {"metadata": dict(metadata), "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -7,7 +7,6 @@ integers are written in surgeon's own form (`surgeon.stored_codes`).
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -18,13 +17,13 @@ import torch
 
 from surgeon import stored_codes
 from surgeon.atomic import atomic_folder, sync
-from surgeon.checkpoint import INDEX, SINGLE
+from surgeon.checkpoint import SINGLE
 from surgeon.coded import CodedCheckpoint
 from surgeon.errors import UnsupportedError, UsageError
 from surgeon.fold import MergedValues, value_of
 from surgeon.graph import Graph
 from surgeon.hold import holders
-from surgeon.lower.hf import copy_auxiliary
+from surgeon.lower.hf import copy_auxiliary, write_index
 from surgeon.safetensors_file import TensorInfo, header_bytes
 from surgeon.source import Source, Values
 
@@ -91,8 +90,7 @@ def write_quantised(
                         progress(info.name, done, total)
             sync(file)
         if len(shards) > 1 or shards[0][0].file.name != SINGLE:
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            write_index(folder, weight_map, {"total_size": total})
         codes = {"quantization_config": saved.config(list(held.values()))} if saved is not None else {}
         copy_auxiliary(source.checkpoint, folder, {**source.checkpoint.config, **codes})
     return Written(Path(out), tuple(held.values()), total)
