@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from benchmarks.zoo.folders import save_wide
 from benchmarks.zoo.graphs import randomised
 from surgeon import api, run
 from surgeon.errors import SurgeonError, UnsupportedError
@@ -28,14 +29,7 @@ IDS = torch.arange(3, 21).reshape(2, 9)
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("coded") / "base"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_wide(tmp_path_factory.mktemp("coded") / "base")
 
 
 def with_config(folder: Path, **quantisation: Any) -> Path:

@@ -12,6 +12,7 @@ import transformers
 
 import surgeon
 from benchmarks.zoo.folders import folder_of
+from benchmarks.zoo.oracles import nudged
 from surgeon import context, store
 from surgeon.api import read
 from surgeon.errors import UnsupportedError, UsageError
@@ -77,11 +78,7 @@ def test_a_merged_folder_says_it_and_transformers_agrees(form: str, tmp_path: Pa
         rope = stored.pop("rope_parameters")
         stored.update(rope_theta=rope["rope_theta"], rope_scaling=None)
         (base / "config.json").write_text(json.dumps(stored))
-    model = surgeon.apply(base, "longlora", rank=2, context=4 * limit)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    model = nudged(surgeon.apply(base, "longlora", rank=2, context=4 * limit), 0.02)
     model.save(tmp_path / "work")
     assert read(tmp_path / "work").context == 4 * limit
     assert store.load(tmp_path / "work").config.rope_parameters["factor"] == 4
@@ -97,11 +94,7 @@ def test_a_merged_folder_says_it_and_transformers_agrees(form: str, tmp_path: Pa
 
 @pytest.mark.slow
 def test_onnx_generates_what_the_work_folder_does(tmp_path: Path) -> None:
-    model = surgeon.apply(folder_of("llama"), "longlora", rank=2, context=256)
-    with torch.no_grad():
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    model.save(tmp_path / "work")
+    nudged(surgeon.apply(folder_of("llama"), "longlora", rank=2, context=256), 0.02).save(tmp_path / "work")
     report = surgeon.export(tmp_path / "work", tmp_path / "onnx")
     assert report.replay.token_agreement == 1
 

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from benchmarks.zoo import build, families
@@ -34,6 +35,17 @@ def folder_of(name: str, task: str = "") -> Path:
     config.tie_word_embeddings = config.tie_word_embeddings or family != name
     kind = "base" if task == "features" else task or families.task_of(family)
     return build.save(build.build(config, kind), Path(_root().name) / f"{name}{task}")
+
+
+def save_wide(folder: Path, shard: str = "5GB") -> Path:
+    """A Llama whose widths are multiples of 64, as bitsandbytes' blocks are, in files of at most a size."""
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size=shard)
+    return folder
 
 
 def captured(source: Source, *, seed: int = 0) -> Graph:

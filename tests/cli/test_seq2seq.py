@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from surgeon.cli.main import main
+
+Run = Callable[..., dict[str, Any]]
 
 WORDS = ("<pad>", "</s>", "<unk>", *"abcdefgh")
 
@@ -38,14 +41,6 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "d.jsonl"
 
 
-def run(capsys: pytest.CaptureFixture[str], *args: object) -> dict[str, Any]:
-    code = main([*map(str, args), "--json"])
-    out, err = capsys.readouterr()
-    assert code == 0, err
-    found: dict[str, Any] = json.loads(out)
-    return found
-
-
 @pytest.mark.parametrize(
     ("method", "numbers"),
     [
@@ -54,18 +49,18 @@ def run(capsys: pytest.CaptureFixture[str], *args: object) -> dict[str, Any]:
     ],  # three kinds of attention, K and V, two layers
 )
 def test_from_a_base_to_what_it_writes(
-    method: str, numbers: int, base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    method: str, numbers: int, base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Run
 ) -> None:
     work, merged = tmp_path / "work", tmp_path / "merged"
-    planned = run(capsys, "apply", base, "--method", method, "--tokens", 4, "-o", work)
+    planned = run("apply", base, "--method", method, "--tokens", 4, "-o", work)
     assert planned["trainable_parameters"] == planned["stored_parameters"] == numbers
     options = ("--steps", 20, "--lr", 0.3, "--batch-size", 8)
-    trained = run(capsys, "train", work, "--data", data, "--eval-data", data, *options)
+    trained = run("train", work, "--data", data, "--eval-data", data, *options)
     assert trained["loss"] < 0.9 * trained["first_loss"]
-    measured = run(capsys, "eval", work, "--data", data)
+    measured = run("eval", work, "--data", data)
     assert measured["loss"] == trained["eval_loss"] < measured["base"]["loss"]
-    assert run(capsys, "merge", work, "-o", merged)["not_folded"] == [method]
-    told = [run(capsys, "generate", folder, "--prompt", "b a b", "--tokens", 5)["texts"] for folder in (work, merged)]
+    assert run("merge", work, "-o", merged)["not_folded"] == [method]
+    told = [run("generate", folder, "--prompt", "b a b", "--tokens", 5)["texts"] for folder in (work, merged)]
     assert told[0] == told[1]
     assert main(["generate", str(merged), "--prompt", "b a b", "--tokens", "5"]) == 0
     assert capsys.readouterr().out == f"{told[0][0]}\n"  # it writes a text of its own, and does not go on with ours

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import pytest
 from benchmarks.zoo.encoder import save_encoder
 from surgeon.cli.main import main
 from surgeon.manifest import read_manifest
+
+Run = Callable[..., dict[str, Any]]
 
 TASK = ("--task", "sequence-classification")
 SHORT = ("--lr", "0.2", "--batch-size", "8", "--warmup", "0", "--scheduler", "constant")
@@ -31,25 +33,17 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "d.csv"
 
 
-def run(capsys: pytest.CaptureFixture[str], *args: object) -> dict[str, Any]:
-    code = main([*map(str, args), "--json"])
-    out, err = capsys.readouterr()
-    assert code == 0, err
-    found: dict[str, Any] = json.loads(out)
-    return found
-
-
 def test_a_new_head_takes_the_classes_of_the_data(
-    encoder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    encoder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Run
 ) -> None:
     work = tmp_path / "work"
-    plan = run(capsys, "apply", encoder, "--method", "ptuning-v2", "--tokens", 4, *TASK, "-o", work)
+    plan = run("apply", encoder, "--method", "ptuning-v2", "--tokens", 4, *TASK, "-o", work)
     assert plan["trainable_parameters"] == 2 * 2 * 4 * 16 + 2 * 17
-    found = run(capsys, "train", work, "--data", data, "--eval-data", data, "--steps", 80, *SHORT)
+    found = run("train", work, "--data", data, "--eval-data", data, "--steps", 80, *SHORT)
     assert found["eval_metrics"]["accuracy"] > 0.9
     assert found["trainable_parameters"] == 2 * 2 * 4 * 16 + 3 * 17
     assert read_manifest(work).labels == ("neg", "other", "pos")
-    report = run(capsys, "eval", work, "--data", data)
+    report = run("eval", work, "--data", data)
     assert report["accuracy"] == found["eval_metrics"]["accuracy"]
     assert report["examples"] == 24
     assert {"loss", "f1_macro"} <= set(report)
@@ -63,10 +57,10 @@ def test_a_new_head_takes_the_classes_of_the_data(
 
 
 def test_labels_by_hand_and_a_sample_before_the_start(
-    encoder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    encoder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Run
 ) -> None:
     work = tmp_path / "work"
-    run(capsys, "apply", encoder, "--method", "ptuning_v2", *TASK, "--labels", "pos,neg,other", "-o", work)
+    run("apply", encoder, "--method", "ptuning_v2", *TASK, "--labels", "pos,neg,other", "-o", work)
     assert main(["train", str(work), "--data", str(data), "--steps", "1", *SHORT]) == 0
     shown = capsys.readouterr().err
     assert "24 samples for sequence-classification" in shown
@@ -75,14 +69,12 @@ def test_labels_by_hand_and_a_sample_before_the_start(
 
 
 @pytest.mark.slow
-def test_resumed_runs_keep_their_classes(
-    encoder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resumed_runs_keep_their_classes(encoder: Path, data: Path, tmp_path: Path, run: Run) -> None:
     work = tmp_path / "work"
-    run(capsys, "apply", encoder, "--method", "ptuning_v2", "--tokens", 3, *TASK, "-o", work)
-    run(capsys, "train", work, "--data", data, "--steps", 4, "--save-every", 2, *SHORT, "-o", tmp_path / "whole")
+    run("apply", encoder, "--method", "ptuning_v2", "--tokens", 3, *TASK, "-o", work)
+    run("train", work, "--data", data, "--steps", 4, "--save-every", 2, *SHORT, "-o", tmp_path / "whole")
     (work / "checkpoint-2").symlink_to(tmp_path / "whole/checkpoint-2")
-    found = run(capsys, "train", work, "--data", data, "--steps", 4, "--save-every", 2, *SHORT, "--resume")
+    found = run("train", work, "--data", data, "--steps", 4, "--save-every", 2, *SHORT, "--resume")
     assert found["resumed_from"] == 2
     assert read_manifest(work).labels == ("neg", "other", "pos")
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.zoo.graphs import close, graph_of, inputs_of, outputs_of, randomised
+from benchmarks.zoo.oracles import exported_again
 from surgeon import fold, run
 from surgeon.errors import SurgeonError, UnsupportedError, UsageError
 from surgeon.graph import Graph
@@ -195,14 +196,7 @@ def test_under_autocast_it_computes_in_bf16(kind: str) -> None:
 @every
 @torch.no_grad()
 def test_the_result_exports_again(kind: str) -> None:
-    graph = quantised(kind, "llama")
-    model, inputs = load(graph), tuple(inputs_of(graph))
-    sizes = tuple({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for _ in inputs)
-    program = torch.export.export(model, inputs, dynamic_shapes=(sizes,), strict=False)
-    assert WEIGHTS.keys() & {node.target for node in program.graph.nodes}
-    again = program.module(check_guards=False)
-    given = inputs_of(graph, 3, 4)
-    assert all(close(*pair) for pair in zip(again(*given), model(*given), strict=True))
+    assert WEIGHTS.keys() & exported_again(quantised(kind, "llama"))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int4"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.zoo.graphs import close, graph_of, inputs_of, outputs_of, randomised
+from benchmarks.zoo.oracles import exported_again
 from surgeon import fold, run
 from surgeon.errors import SurgeonError, UsageError
 from surgeon.finalise import finalise
@@ -150,13 +151,7 @@ def test_applied_twice_it_stacks_or_is_refused(name: str, family: str) -> None:
 @every
 @torch.no_grad()
 def test_the_result_exports_again(name: str) -> None:
-    graph = randomised(applied(name, FAMILIES[name][0]))
-    model, inputs = load(graph), tuple(inputs_of(graph))
-    sizes = tuple({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for _ in inputs)
-    again = torch.export.export(model, inputs, dynamic_shapes=(sizes,), strict=False).module(check_guards=False)
-    for shape in ((2, 7), (3, 4)):
-        expected = model(*inputs_of(graph, *shape))
-        assert all(close(*pair) for pair in zip(again(*inputs_of(graph, *shape)), expected, strict=True))
+    assert exported_again(randomised(applied(name, FAMILIES[name][0])))
 
 
 @every

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes import functional as bitsandbytes
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
-from benchmarks.zoo.folders import folder_of
+from benchmarks.zoo.folders import folder_of, save_wide
 from surgeon import api, run
 from surgeon.errors import SurgeonError, UsageError
 from surgeon.fold import value_of
@@ -24,14 +24,7 @@ from surgeon.safetensors_file import read_shard
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of widths that bitsandbytes' CPU kernel reads rightly, multiples of 64, in two files."""
-    config = LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("quantised") / "base"
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="200KB")
-    return folder
+    return save_wide(tmp_path_factory.mktemp("quantised") / "base", "200KB")
 
 
 @pytest.mark.parametrize("options", [{}, {"double": False}, {"kind": "fp4"}])
