@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,8 @@ def trained(side: str, base: Path, data: Any, tokenizer: Any, steps: int, lr: fl
     return model, time.perf_counter() - began
 
 
-def learn(base: Path, seeds: int, steps: int, sides: list[str]) -> dict[str, Any]:
-    """Every side at its best rate, every seed."""
+def learn(base: Path, seeds: int, steps: int, sides: list[str]) -> Iterator[dict[str, Any]]:
+    """Every side at its best rate, every seed: all that is known, after each side."""
     from surgeon.api import tokenizer_of
 
     tokenizer = tokenizer_of(base)
@@ -128,7 +129,7 @@ def learn(base: Path, seeds: int, steps: int, sides: list[str]) -> dict[str, Any
         searched = {str(lr): statistics.mean(run["by_position"]) for lr, run in runs.items()}
         found[side] = {"lr": best, "searched": searched, "runs": every, **summary(every)}
         print(f"{side}: perplexity {found[side]['perplexity']:.3f} at a rate of {best}", flush=True)
-    return found
+        yield found
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -222,7 +223,9 @@ def main() -> None:
             known["cost"] = {"command": command, **costs(base, options.lengths)}
         else:
             command = f"python -m benchmarks.long_context --seeds {options.seeds} --steps {options.steps}"
-            known["learning"] = {"command": command, "sides": learn(base, options.seeds, options.steps, options.sides)}
+            for learned in learn(base, options.seeds, options.steps, options.sides):
+                known["learning"] = {"command": command, "sides": learned}
+                options.out.write_text(json.dumps(known, indent=1) + "\n")
             plot(known["learning"]["sides"], options.out.with_suffix(".png"))
     options.out.write_text(json.dumps(known, indent=1) + "\n")
 
