@@ -1,0 +1,31 @@
+"""Every kernel for every target: no spills, no tile product over fewer than 16 values (checked by `aot.build`)."""
+
+from __future__ import annotations
+
+import pytest
+
+from surgeon import kernels
+from surgeon.kernels import aot
+
+VARIANTS = [variant for module in kernels.files() for variant in module.VARIANTS]
+FIRST = list({variant.kernel.name: variant for variant in reversed(VARIANTS)}.values())
+"""One for each kernel, the first that its file declares."""
+REST = [variant for variant in VARIANTS if variant not in FIRST]
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("variant", FIRST, ids=lambda variant: variant.name)
+def test_compiles(variant: aot.Variant, target: str) -> None:
+    assert aot.build(variant, aot.target(target)).code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("variant", REST, ids=lambda variant: variant.name)
+def test_compiles_too(variant: aot.Variant, target: str) -> None:
+    assert aot.build(variant, aot.target(target)).code
+
+
+def test_names_are_those_of_files() -> None:
+    names = [variant.name for variant in VARIANTS]
+    assert len(set(names)) == len(names), "two variants share a name"
