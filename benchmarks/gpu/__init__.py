@@ -1,0 +1,1 @@
+"""What the kernels compute and cost on a GPU: `python -m benchmarks.gpu`."""
