@@ -27,9 +27,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from surgeon.kernels import jit, shrink_expand
+
 FIRST, RANK, INPUT, OUTPUT, BIAS = range(5)
 START, LENGTH, ADAPTER = range(3)
-TILE = 16
+TILE = shrink_expand.ROWS
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def plan(adapter_of_row: Sequence[int], *, pad_to: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,6 +99,58 @@ def reference(
     return result
 
 
+def reference_scale(
+    x: torch.Tensor, a_rows: torch.Tensor, adapters: torch.Tensor, order: torch.Tensor | None, segments: torch.Tensor
+) -> torch.Tensor:
+    """u_a ⊙ x, for the adapters that have an input scale: what the base and the adapter both read.
+
+    Args:
+        x: `[n, in]`.
+        a_rows: `[pages, in]`.
+        adapters: see above, as `order` and `segments`.
+        order: see above.
+        segments: see above.
+    """
+    result = x.clone()
+    for adapter, chosen in _runs(order, segments):
+        page = int(adapters[adapter, INPUT]) if adapter >= 0 else -1
+        if page >= 0:
+            result[chosen] = x[chosen] * a_rows[page].to(x.dtype)
+    return result
+
+
+def _runs(order: torch.Tensor | None, segments: torch.Tensor) -> Iterator[tuple[int, torch.Tensor | slice]]:
+    """Adapter by adapter, which rows are its own: neighbouring segments of one adapter are one run."""
+    found = [segment for segment in segments.tolist() if segment[LENGTH]]
+    joined: list[list[int]] = []
+    for start, length, adapter in found:
+        last = joined[-1] if joined else None
+        if last and last[ADAPTER] == adapter and last[START] + last[LENGTH] == start:
+            last[LENGTH] += length
+        else:
+            joined.append([start, length, adapter])
+    for start, length, adapter in joined:
+        kept = slice(start, start + length)
+        yield adapter, kept if order is None else order[kept].long()
+
+
+def _gathered(pool: torch.Tensor, pages: list[int]) -> torch.Tensor:
+    """The pages of an adapter, without a copy where they are neighbours."""
+    first = pages[0]
+    if pages == list(range(first, first + len(pages))):
+        return pool[first : first + len(pages)]
+    return pool[pages]
+
+
+def can_use(x: torch.Tensor, a_rows: torch.Tensor, b_rows: torch.Tensor) -> str:
+    """Why the kernels cannot run on these, "" if they can; then the reference runs in their place."""
+    if x.dtype not in _DTYPES or a_rows.dtype != x.dtype or b_rows.dtype != x.dtype:
+        return f"dtypes {x.dtype}, {a_rows.dtype} and {b_rows.dtype}: one of fp32, fp16 and bf16 for all is needed"
+    if not (a_rows.is_contiguous() and b_rows.is_contiguous()):
+        return "a pool whose pages are not contiguous"
+    return jit.missing()
+
+
 @torch.library.custom_op("surgeon::multi_adapter", mutates_args=(), device_types="cpu")
 def multi_adapter(
     y: torch.Tensor,
@@ -133,25 +188,32 @@ def _(y: torch.Tensor, *rest: object, **more: object) -> torch.Tensor:
     return torch.empty_like(y)
 
 
+@multi_adapter.register_kernel("cuda")
+def _(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a_rows: torch.Tensor,
+    b_rows: torch.Tensor,
+    rows: torch.Tensor,
+    adapters: torch.Tensor,
+    scales: torch.Tensor,
+    order: torch.Tensor | None,
+    segments: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    max_rank: int = 0,
+) -> torch.Tensor:
+    given = (a_rows, b_rows, rows, adapters, scales, order, segments, bias)
+    if can_use(x, a_rows, b_rows):
+        return reference(y, x, *given)
+    return shrink_expand.launch(y.contiguous(), x.contiguous(), *given, max_rank)
+
+
 @torch.library.custom_op("surgeon::scale_inputs", mutates_args=(), device_types="cpu")
 def scale_inputs(
     x: torch.Tensor, a_rows: torch.Tensor, adapters: torch.Tensor, order: torch.Tensor | None, segments: torch.Tensor
 ) -> torch.Tensor:
-    """u_a ⊙ x, for the adapters that have an input scale: what the base and the adapter both read.
-
-    Args:
-        x: `[n, in]`.
-        a_rows: `[pages, in]`.
-        adapters: see above, as `order` and `segments`.
-        order: see above.
-        segments: see above.
-    """
-    result = x.clone()
-    for adapter, chosen in _runs(order, segments):
-        page = int(adapters[adapter, INPUT]) if adapter >= 0 else -1
-        if page >= 0:
-            result[chosen] = x[chosen] * a_rows[page].to(x.dtype)
-    return result
+    """`reference_scale` on a CPU, a kernel on a GPU, with the same arguments."""
+    return reference_scale(x, a_rows, adapters, order, segments)
 
 
 @scale_inputs.register_fake
@@ -159,24 +221,10 @@ def _(x: torch.Tensor, *rest: object) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-def _runs(order: torch.Tensor | None, segments: torch.Tensor) -> Iterator[tuple[int, torch.Tensor | slice]]:
-    """Adapter by adapter, which rows are its own: neighbouring segments of one adapter are one run."""
-    found = [segment for segment in segments.tolist() if segment[LENGTH]]
-    joined: list[list[int]] = []
-    for start, length, adapter in found:
-        last = joined[-1] if joined else None
-        if last and last[ADAPTER] == adapter and last[START] + last[LENGTH] == start:
-            last[LENGTH] += length
-        else:
-            joined.append([start, length, adapter])
-    for start, length, adapter in joined:
-        kept = slice(start, start + length)
-        yield adapter, kept if order is None else order[kept].long()
-
-
-def _gathered(pool: torch.Tensor, pages: list[int]) -> torch.Tensor:
-    """The pages of an adapter, without a copy where they are neighbours."""
-    first = pages[0]
-    if pages == list(range(first, first + len(pages))):
-        return pool[first : first + len(pages)]
-    return pool[pages]
+@scale_inputs.register_kernel("cuda")
+def _(
+    x: torch.Tensor, a_rows: torch.Tensor, adapters: torch.Tensor, order: torch.Tensor | None, segments: torch.Tensor
+) -> torch.Tensor:
+    if can_use(x, a_rows, a_rows):
+        return reference_scale(x, a_rows, adapters, order, segments)
+    return shrink_expand.launch_scale(x.contiguous(), a_rows, adapters, order, segments)

@@ -23,66 +23,17 @@ already (`write_pages`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 
 import torch
 from torch.nn import functional as F
 
 from surgeon import ops
+from surgeon.kernels import jit, paged_attend
+from surgeon.kernels.pages import LENGTH, POSITION, REQUEST, START, padded, plan, slots, write_pages
 
-START, LENGTH, REQUEST, POSITION = range(4)
-
-
-def plan(requests: Sequence[tuple[int, int]], *, tile: int = 1, pad_to: int = 0) -> torch.Tensor:
-    """The segments of a batch.
-
-    Args:
-        requests: of each request in turn, the number of its rows and the position of the first of them.
-        tile: at most this many rows in a segment: 1 for decode.
-        pad_to: number of segments to pad to with empty ones.
-    """
-    segments: list[list[int]] = []
-    start = 0
-    for request, (rows, position) in enumerate(requests):
-        segments += [[start + i, min(tile, rows - i), request, position + i] for i in range(0, rows, tile)]
-        start += rows
-    segments += [[start, 0, 0, 0]] * (pad_to - len(segments))
-    return torch.tensor(segments, dtype=torch.int32).reshape(-1, 4)
-
-
-def slots(blocks: torch.Tensor, request: int, positions: torch.Tensor, page: int, prefix: int = 0) -> torch.Tensor:
-    """Where the tokens at these positions of a request lie: page · `page` + offset, `[n]` int64.
-
-    Args:
-        blocks: see above.
-        request: which.
-        positions: of the tokens, `[n]`.
-        page: tokens in a page.
-        prefix: the request's number of prefix columns.
-    """
-    at = positions.long() + _padded(prefix, page)
-    return blocks[request].long()[at // page] * page + at % page
-
-
-def _padded(prefix: int, page: int) -> int:
-    return -(-prefix // page) * page
-
-
-@torch.library.custom_op("surgeon::write_pages", mutates_args=("k_pages", "v_pages"))
-def write_pages(
-    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slots: torch.Tensor
-) -> None:
-    """Put keys `[n, h_kv, d]` and values `[n, h_kv, d_v]` into their slots `[n]` int64, no two of them the same.
-
-    Rows that stand for nothing (padding) go to a page that no request owns.
-    """
-    k_pages.view(-1, *k.shape[1:]).index_copy_(0, slots, k.to(k_pages.dtype))
-    v_pages.view(-1, *v.shape[1:]).index_copy_(0, slots, v.to(v_pages.dtype))
-
-
-@write_pages.register_fake
-def _(*given: torch.Tensor) -> None:
-    return None
+__all__ = ["can_use", "paged_attention", "plan", "reference", "slots", "write_pages"]
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def reference(
@@ -141,7 +92,7 @@ def reference(
 def _keys(pages: torch.Tensor, blocks: torch.Tensor, prefix: int, tokens: int) -> torch.Tensor:
     """The prefix columns and tokens of one request, `[1, h_kv, prefix + tokens, d]`."""
     page = pages.shape[1]
-    start = _padded(prefix, page)
+    start = padded(prefix, page)
     count = -(-(start + tokens) // page)
     listed = blocks[:count].tolist()
     if listed == list(range(listed[0], listed[0] + count)):
@@ -166,7 +117,7 @@ def _one_row_each(
 ) -> torch.Tensor:
     """Decode: requests of about the same length in one call of SDPA, `[b, h, d_v]`; whole pages are gathered."""
     page = k_pages.shape[1]
-    start = _padded(prefix, page)
+    start = padded(prefix, page)
     position = torch.tensor([run[POSITION] for run in runs])[:, None]
     count = -(-(start + int(position.max()) + 1) // page)
     chosen = blocks[[run[REQUEST] for run in runs], :count].clamp(min=0)
@@ -188,6 +139,20 @@ def _one_row_each(
         enable_gqa=q.shape[1] != keys.shape[2],
     )  # fmt: skip
     return found[:, :, 0]
+
+
+def can_use(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, tile: int) -> str:
+    """Why the kernels cannot run on these, "" if they can; then the reference runs in their place."""
+    if q.dtype not in _DTYPES or k_pages.dtype != q.dtype or v_pages.dtype != q.dtype:
+        return f"dtypes {q.dtype}, {k_pages.dtype} and {v_pages.dtype}: one of fp32, fp16 and bf16 for all is needed"
+    if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
+        return "pages that are not contiguous"
+    if max(q.shape[-1], v_pages.shape[-1]) > 256:
+        return f"heads of {max(q.shape[-1], v_pages.shape[-1])}, above 256"
+    most = paged_attend.longest(q.shape[1], k_pages.shape[2], q.dtype)
+    if tile > most:
+        return f"segments of {tile} rows; {most} fit one tile"
+    return jit.missing()
 
 
 @torch.library.custom_op("surgeon::paged_attention", mutates_args=(), device_types="cpu")
@@ -224,6 +189,29 @@ def paged_attention(
     """
     return reference(
         q, k_pages, v_pages, blocks, prefixes, segments, sinks,
+        scale=scale, window=window, softcap=softcap, windowed=windowed,
+    )  # fmt: skip
+
+
+@paged_attention.register_kernel("cuda")
+def _(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    blocks: torch.Tensor,
+    prefixes: torch.Tensor | None,
+    segments: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    windowed: bool = True,
+    tile: int = 1,
+) -> torch.Tensor:
+    function = reference if can_use(q, k_pages, v_pages, tile) else functools.partial(paged_attend.launch, tile=tile)
+    return function(
+        q.contiguous(), k_pages, v_pages, blocks, prefixes, segments, sinks,
         scale=scale, window=window, softcap=softcap, windowed=windowed,
     )  # fmt: skip
 

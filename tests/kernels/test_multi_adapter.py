@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from surgeon.kernels import multi_adapter as ma
+from surgeon.kernels import shrink_expand
 
 INSIDE, OUTSIDE = 48, 80
 
@@ -29,14 +30,22 @@ class Pool:
         return self.a_rows, self.b_rows, torch.tensor(self.rows, dtype=torch.int32), table, torch.tensor(self.scales)
 
 
-def make_pool(ranks: list[int], *, vectors: str = "", inside: int = INSIDE, outside: int = OUTSIDE) -> Pool:
+def make_pool(
+    ranks: list[int],
+    *,
+    vectors: str = "",
+    inside: int = INSIDE,
+    outside: int = OUTSIDE,
+    dtype: torch.dtype = torch.float32,
+) -> Pool:
     """Adapters of these ranks; `vectors` of "uos" gives each of them an input scale, an output scale, a bias."""
     free = list(range(sum(ranks) + 3 * len(ranks) + 5))
     random.shuffle(free)
-    pool = Pool(torch.full((len(free), inside), torch.nan), torch.full((len(free), outside), torch.nan))
+    empty = [torch.full((len(free), size), torch.nan, dtype=dtype) for size in (inside, outside)]
+    pool = Pool(*empty)
     for rank in ranks:
         pages = [free.pop() for _ in range(rank)]
-        dense = {"a": torch.randn(rank, inside), "b": torch.randn(rank, outside)}
+        dense = {"a": torch.randn(rank, inside).to(dtype), "b": torch.randn(rank, outside).to(dtype)}
         pool.a_rows[pages], pool.b_rows[pages] = dense["a"], dense["b"]
         entry = [len(pool.rows), rank, -1, -1, -1]
         for place, letter, rows, size in (
@@ -45,7 +54,7 @@ def make_pool(ranks: list[int], *, vectors: str = "", inside: int = INSIDE, outs
         ):  # fmt: skip
             if letter in vectors:
                 entry[place] = free.pop()
-                dense["bias" if letter == "b" else letter] = rows[entry[place]] = torch.randn(size)
+                dense["bias" if letter == "b" else letter] = rows[entry[place]] = torch.randn(size).to(dtype)
         pool.rows += pages
         pool.adapters.append(entry)
         pool.scales.append(random.uniform(0.5, 2.0))
@@ -86,6 +95,57 @@ def test_reference_is_the_equation(of_row: list[int], vectors: str) -> None:
     for given in (None, bias):
         found = ma.multi_adapter(y, x, *pool.tensors(), order, segments, given, 64)
         torch.testing.assert_close(found.double(), expected(pool, y, x, of_row, given), atol=1e-4, rtol=1e-5)
+
+
+RANKS = [1, 3, 7, 33, 64, 128]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vectors", ["", "usb"])
+def test_kernels_are_the_equation(dtype: torch.dtype, vectors: str) -> None:
+    of_row = [5, 0, -1, 3, 3, 1, -1, 2, *[4] * 17]
+    pool, bias = make_pool(RANKS, vectors=vectors, inside=200, outside=136, dtype=dtype), torch.randn(136).to(dtype)
+    x, y = torch.randn(len(of_row), 200).to(dtype), torch.randn(len(of_row), 136).to(dtype)
+    order, segments = ma.plan(of_row, pad_to=9)
+    found = shrink_expand.launch(y, x, *pool.tensors(), order, segments, bias, 128)
+    close(found, expected(pool, y, x, of_row, bias))
+    scaled = shrink_expand.launch_scale(x, pool.a_rows, pool.tensors()[3], order, segments)
+    close(scaled, ma.reference_scale(x.double(), pool.a_rows, pool.tensors()[3], order, segments))
+
+
+def test_kernels_on_rows_as_they_stand_without_ranks() -> None:
+    """Rank 0 launches no shrink; without an order and a bias neither is read."""
+    pool, of_row = make_pool([0], vectors="s"), [0, 0, -1]
+    x, y = torch.randn(3, INSIDE), torch.randn(3, OUTSIDE)
+    segments = torch.tensor([[0, 2, 0], [2, 1, -1]], dtype=torch.int32)
+    found = shrink_expand.launch(y, x, *pool.tensors(), None, segments, None, 0)
+    torch.testing.assert_close(found.double(), expected(pool, y, x, of_row, None))
+
+
+def test_a_row_does_not_depend_on_the_batch() -> None:
+    pool = make_pool([3, 7])
+    x, y = torch.randn(20, INSIDE), torch.randn(20, OUTSIDE)
+    both = shrink_expand.launch(y, x, *pool.tensors(), *ma.plan([1] * 20), None, 7)
+    alone = shrink_expand.launch(y[4:5], x[4:5], *pool.tensors(), *ma.plan([1]), None, 7)
+    assert torch.equal(both[4:5], alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inside", [16, 100, 640])
+@pytest.mark.parametrize("outside", [16, 129, 384])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_kernels_at_many_shapes(inside: int, outside: int, dtype: torch.dtype) -> None:
+    pool = make_pool(list(range(1, 129, 9)), vectors="usb", inside=inside, outside=outside, dtype=dtype)
+    of_row = [random.randrange(-1, len(pool.adapters)) for _ in range(40)]
+    x, y = torch.randn(40, inside).to(dtype), torch.randn(40, outside).to(dtype)
+    found = shrink_expand.launch(y, x, *pool.tensors(), *ma.plan(of_row, pad_to=50), None, 128)
+    close(found, expected(pool, y, x, of_row, None))
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Within a few roundings of the largest value: the factors of a bf16 pool are exact, sums are in fp32."""
+    unit = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[found.dtype]
+    torch.testing.assert_close(found.double(), expected, atol=unit * float(expected.abs().max()), rtol=0)
 
 
 def test_rank_zero_scales_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from surgeon import ops
+from surgeon.kernels import paged_attend
 from surgeon.kernels import paged_attention as pa
 
 PAGE, HEADS, KV_HEADS, SIZE = 4, 6, 2, 16
@@ -92,11 +94,46 @@ def test_reference_is_attention(requests, prefixes, options) -> None:
     torch.testing.assert_close(found.double(), batch.expected(**options), atol=1e-5, rtol=1e-4)
 
 
-def test_sinks_take_mass() -> None:
+def attended(batch: Batch, tile: int = 4, sinks: torch.Tensor | None = None, **options: object) -> torch.Tensor:
+    """By the kernels."""
+    prefixes = batch.prefixes if batch.prefixes.any() else None
+    segments = pa.plan(batch.requests, tile=tile, pad_to=len(batch.requests) + 2)
+    given = (batch.q, batch.k_pages, batch.v_pages, batch.blocks, prefixes, segments, sinks)
+    rest = {"scale": SIZE**-0.5, "window": 0, "softcap": 0.0, "windowed": True, "tile": tile}
+    return paged_attend.launch(*given, **{**rest, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(("requests", "prefixes"), BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_kernels_are_attention(requests, prefixes, options, splits, monkeypatch) -> None:
+    monkeypatch.setattr(paged_attend, "FULL", 10**6 if splits > 1 else 0)
+    monkeypatch.setattr(paged_attend, "SPLITS", splits)
+    monkeypatch.setattr(paged_attend, "KEYS", 16)
+    batch = make_batch(requests, prefixes)
+    found = attended(batch, **options)
+    torch.testing.assert_close(found.double(), batch.expected(**options), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_kernels_in_half_precision(dtype: torch.dtype) -> None:
+    batch = make_batch([(1, 6), (9, 2), (1, 0)], [3, 0, 0])
+    halves = {name: getattr(batch, name).to(dtype) for name in ("q", "k_pages", "v_pages")}
+    exact = dataclasses.replace(
+        batch, q=halves["q"], k=[k.to(dtype) for k in batch.k], v=[v.to(dtype) for v in batch.v]
+    )
+    found = attended(dataclasses.replace(exact, **halves))
+    torch.testing.assert_close(found.double(), exact.expected(), atol=2e-2 if dtype == torch.bfloat16 else 3e-3, rtol=0)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_sinks_take_mass(splits: int, monkeypatch) -> None:
+    monkeypatch.setattr(paged_attend, "FULL", 10**6 if splits > 1 else 0)
+    monkeypatch.setattr(paged_attend, "SPLITS", splits)
     batch, sinks = make_batch([(1, 6), (4, 2)], [3, 0]), torch.randn(HEADS)
     given = (batch.q, batch.k_pages, batch.v_pages, batch.blocks, batch.prefixes, pa.plan(batch.requests))
-    found = pa.paged_attention(*given, sinks, scale=SIZE**-0.5)
-    torch.testing.assert_close(found.double(), batch.expected(sinks=sinks), atol=1e-5, rtol=1e-4)
+    for found in (pa.paged_attention(*given, sinks, scale=SIZE**-0.5), attended(batch, sinks=sinks)):
+        torch.testing.assert_close(found.double(), batch.expected(sinks=sinks), atol=1e-5, rtol=1e-4)
 
 
 def test_plan_chops_and_pads() -> None:
