@@ -1,11 +1,12 @@
 """What a layer runs as while it trains: fewer and leaner operators for the same function, the graph itself untouched.
 
-Four rewrites, on a copy of the graph just before it becomes Python (see `surgeon.compile`):
+Five rewrites, on a copy of the graph just before it becomes Python (see `surgeon.compile`):
 
 - equal operators on equal inputs run once (q, k and v read A x of a shared A from one product);
 - a frozen linear with a low-rank bypass, x Wᵀ + s (x Aᵀ) Bᵀ, is one operator, and all that read one x share it: x is
   kept once, A's are one matrix, and the sums are accumulated by the products (see `bypassed`); with dropout every
   bypass has its own mask, one byte per input;
+- a linear of the model's own weights is one that keeps no input where they are frozen;
 - x / rms(x) keeps x and one number per row;
 - act(gate) · up keeps gate and up, and computes act(gate) again in the backward pass.
 
@@ -22,7 +23,7 @@ import torch
 from torch import fx
 
 from surgeon.graph import copied, sweep, tag
-from surgeon.lean import bypassed, gated_gelu, gated_silu, rms_normalised
+from surgeon.lean import bypassed, frozen_linear, gated_gelu, gated_silu, rms_normalised
 
 aten = torch.ops.aten
 
@@ -34,6 +35,7 @@ def fused(graph: fx.Graph) -> fx.Graph:
     fresh, _ = copied(graph)
     share_equals(fresh)
     fuse_bypasses(fresh)
+    fuse_linears(fresh)
     fuse_norms(fresh)
     fuse_gates(fresh)
     sweep(fresh)
@@ -158,6 +160,15 @@ def _undropped(x: Any) -> tuple[Any, float]:
     if _only(x, aten.dropout.default) and x.args[2] is True:
         return x.args[0], float(x.args[1])
     return x, 0.0
+
+
+def fuse_linears(graph: fx.Graph) -> None:
+    """Linears of tensors that the model holds, by `frozen_linear`: whether they are frozen is asked in the run."""
+    for node in list(graph.nodes):
+        held = [n for n in node.args[1:] if n is not None]
+        if _is(node, aten.linear.default) and all(n.op == "get_attr" for n in held):
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(graph.call_function(frozen_linear, node.args))
 
 
 def fuse_norms(graph: fx.Graph) -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from surgeon.products import add_times, times, times_transposed
+
 aten = torch.ops.aten
 
 
@@ -60,7 +62,7 @@ class _Bypassed(torch.autograd.Function):
         for i, (scale, part) in enumerate(zip(scales, low.split(ranks, 1), strict=True)):
             weight, bias, _, b = tensors[4 * i : 4 * i + 4]
             weight = weight.to(dtype)
-            y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(dtype))
+            y = times_transposed(rows, weight, None if bias is None else bias.to(dtype))
             results.append(y.addmm_(part, b.to(dtype).t(), alpha=scale).view(*x.shape[:-1], -1))
             weights.append(weight)
         ctx.save_for_backward(rows, low, *weights, *tensors[2::4], *tensors[3::4], *kept)
@@ -80,7 +82,7 @@ class _Bypassed(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_x = _down_grad_x(slopes, a, kept, ctx.drops)
                 for g, weight in zip(flat, weights, strict=True):
-                    grad_x.addmm_(g, weight)
+                    grad_x = add_times(grad_x, g, weight)
                 grad_x = grad_x.to(ctx.dtype).view(ctx.shape)
             grad_a = _down_grad_a(slopes, rows, kept, ctx.drops)
             parts = zip(flat, low.split(ctx.ranks, 1), ctx.scales, strict=True)
@@ -128,6 +130,38 @@ def _down_grad_a(slopes: list[Tensor], rows: Tensor, kept: Kept, drops: tuple[fl
 def _turned(g: Tensor, b: Tensor) -> Tensor:
     """(g b)ᵀ `[r, n]`. Products with few columns are slow in fp32 on CPU; products with few rows are not."""
     return b.t().contiguous() @ g.t() if g.dtype == torch.float32 else (g @ b).t()
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias, `[.., in]` → `[.., out]`, keeping no input where W and bias are frozen; torch's own where not."""
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    if not frozen or not x.requires_grad or x.numel() == 0:
+        return torch.nn.functional.linear(x, weight, bias)
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    with torch.autocast(device, enabled=False):
+        result: Tensor = _FrozenLinear.apply(x, weight, bias, dtype)
+    return result
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        weight = weight.to(dtype)
+        ctx.save_for_backward(weight)
+        ctx.dtype = x.dtype
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        y = times_transposed(rows, weight, None if bias is None else bias.to(dtype))
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (weight,) = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            below = times(grad.reshape(-1, grad.shape[-1]), weight)
+        return below.view(*grad.shape[:-1], -1).to(ctx.dtype), None, None, None
 
 
 def rms_normalised(x: Tensor, eps: float) -> Tensor:

@@ -13,6 +13,7 @@ import weakref
 import torch
 from torch.nn import functional as F
 
+from surgeon import causal_blocks
 from surgeon.segments import segmented
 
 _LIBRARY = torch.library.Library("surgeon", "DEF")
@@ -163,6 +164,8 @@ def attention(
             causal = False  # the last position sees every key
     plain = bias is None and sinks is None and not softcap
     if plain and mask is None and not window and not chunk and (not causal or _square(q, queries, keys)):
+        if causal and not _tracing(q) and causal_blocks.can_use(q, k, v, dropout_p):
+            return causal_blocks.causal_attention(q, k, v, scale)
         return F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout_p, is_causal=causal, scale=scale, enable_gqa=grouped
         )

@@ -15,7 +15,7 @@ from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCau
 import surgeon
 from surgeon import compile as compiling
 from surgeon.fuse import fused
-from surgeon.lean import bypassed, gated_gelu, gated_silu, rms_normalised
+from surgeon.lean import bypassed, frozen_linear, gated_gelu, gated_silu, rms_normalised
 from surgeon.model import SurgeonModel
 
 SIZES: dict[str, Any] = {
@@ -113,7 +113,7 @@ def test_a_shared_projection_runs_once_per_input(bases: dict[str, Path]) -> None
     layer = next(iter(surgeon.apply(bases["llama"], "vera", targets="all-linear", rank=4).graph.layers.values()))
 
     def linears(graph: torch.fx.Graph) -> int:
-        return sum(node.target is torch.ops.aten.linear.default for node in graph.nodes)
+        return sum(node.target in (torch.ops.aten.linear.default, frozen_linear) for node in graph.nodes)
 
     assert linears(layer) - linears(fused(layer)) == 3
 
@@ -172,3 +172,17 @@ def test_operators_in_fp64() -> None:
     assert gradcheck(gated_silu, (gate, up))
     assert gradcheck(lambda g, u: gated_gelu(g, u, "tanh"), (gate, up))
     torch.testing.assert_close(gated_silu(gate, up[:1]), F.silu(gate) * up[:1])
+
+
+def test_linears_without_a_bypass_keep_no_input(bases: dict[str, Path]) -> None:
+    """Their weights may be trained too (full fine-tuning): then they are torch's."""
+    layer = next(iter(surgeon.apply(bases["llama"], "lora", targets="q_proj", rank=4).graph.layers.values()))
+    assert [node.target for node in fused(layer).nodes].count(frozen_linear) == 6
+    x, w, bias = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5), (4, 5), (4,)))
+    assert gradcheck(frozen_linear, (x, w, bias))
+    w, bias = w.detach(), bias.detach()
+    assert gradcheck(lambda x: frozen_linear(x, w, bias), (x,))
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        frozen_linear(x, w, bias)
+    assert [t.data_ptr() for t in kept] == [w.data_ptr()]
