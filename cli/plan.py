@@ -62,7 +62,7 @@ def view(plan: Plan) -> RenderableType:
         for count in [sum(site.trainable_parameters for site in sites)]
     ]
     shown: list[RenderableType] = [output.table("", _COLUMNS, rows, right=_RIGHT), output.fields(totals(plan))]
-    shown += [f"skipped {skip.path}: {skip.why}" for skip in plan.skipped[:10]]
+    shown += dict.fromkeys(f"skipped {_any_layer(skip.path)}: {skip.why}" for skip in plan.skipped)
     return Group(*shown)
 
 
@@ -70,9 +70,13 @@ def alike(sites: tuple[PlannedSite, ...]) -> list[tuple[str, list[PlannedSite]]]
     """Sites that differ in their layer alone, as one pattern with a `*` for the layer's number."""
     found: dict[tuple[object, ...], list[PlannedSite]] = {}
     for site in sites:
-        pattern = re.sub(r"\.\d+\.", ".*.", site.path)
+        pattern = _any_layer(site.path)
         found.setdefault((pattern, site.shape, site.method, site.rank), []).append(site)
     return [(str(key[0]) if len(group) > 1 else group[0].path, group) for key, group in found.items()]
+
+
+def _any_layer(path: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", path)
 
 
 def shape(site: PlannedSite) -> str:

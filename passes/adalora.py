@@ -64,6 +64,7 @@ class AdaLora(Lora):
     least_rank: ClassVar[int] = 0
     has_parts: ClassVar[bool] = False
     peft_packed: ClassVar[bool] = False
+    has_bias: ClassVar[bool] = False
     inits: ClassVar[tuple[str, ...]] = (KAIMING,)
     learning_rate: ClassVar[float] = 1e-3
     rank: int = 12

@@ -177,7 +177,8 @@ class Adapter(PeftForm, Pass):
     `edit.feed`) and in the normal form (`Base`).
 
     Options:
-        targets: which modules, see `surgeon.select`.
+        targets: which modules: names, patterns with * and braces, all-linear (without the head, experts and
+            convolutions), attention-linear, all-experts; see `surgeon.select`.
         exclude: modules that are left out even if targeted.
         modules_to_save: modules of the base that train whole and are saved beside the adapter (a new head).
         bias: "none", "sites" (the biases of the adapted modules train too) or "all" (every bias of the model).
@@ -185,7 +186,6 @@ class Adapter(PeftForm, Pass):
     Class attributes:
         folds: whether it folds into weights (`normal`). What does not (`columns`, `rows`) stays an adapter beside
             merged weights.
-        changes_bias: whether its normal form has a bias at layers that have one.
         whole_weight: whether it is at every site that reads its weight, so that weights that are tied stay tied.
         reads_weight: whether what it inserts reads the layer's weight (a norm of it), so that nothing may change that
             weight below it: applied over another adapter it is refused.
@@ -193,7 +193,6 @@ class Adapter(PeftForm, Pass):
 
     offered: ClassVar[bool] = True
     folds: ClassVar[bool] = True
-    changes_bias: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
     whole_weight: ClassVar[bool] = False
     targets: str = "*.{q,v}_proj"
@@ -228,20 +227,26 @@ class Adapter(PeftForm, Pass):
         """As `unfit`, for what takes the graph to know."""
         return self.unfit(site)
 
+    def _unfit_kind(self, site: Site) -> str:
+        return "" if site.kind in self.kinds else f"{self.name} has no form at what is of kind {site.kind}"
+
     def match(self, graph: Graph) -> list[Site | Skip]:
         """The targeted sites; raises UsageError for a pattern that matches nothing."""
         from surgeon.replaced import inside
-        from surgeon.sites import sites
-        from surgeon.targets import targeted
+        from surgeon.sites import WEIGHTED, sites
+        from surgeon.targets import targeted, unnamed_experts
 
-        candidates = [site for site in sites(graph, *self.kinds) if not inside(self.modules_to_save, site.path)]
+        wanted = sites(graph, *(WEIGHTED if set(self.kinds) <= set(WEIGHTED) else self.kinds))
+        candidates = [site for site in wanted if not inside(self.modules_to_save, site.path)]
         found = targeted(graph, candidates, self.targets, self.exclude)
-        unfit = {site.path: why for site in found if (why := self.unfit_in(graph, site))}
+        unfit = {site.path: why for site in found if (why := self._unfit_kind(site) or self.unfit_in(graph, site))}
         chosen = [Skip(site.path, unfit[site.path]) if site.path in unfit else site for site in found]
         if not any(not isinstance(item, Skip) for item in chosen):
             reasons = "; ".join(f"{item.path}: {item.why}" for item in chosen[:3] if isinstance(item, Skip))
             raise UsageError(f"{self.name} has no site to work on", reasons or self.targets, "other --targets")
-        return chosen
+        why = "all-linear is without experts: all-experts names them" if EXPERTS in self.kinds else ""
+        left = unnamed_experts(graph, self.targets, self.exclude)
+        return chosen + [Skip(site.path, why or self._unfit_kind(site)) for site in left]
 
     def normal(self, params: Mapping[str, torch.Tensor], site: Site, base: Base) -> Normal:
         """The trained adapter at one site in normal form; `params` by the names given to `edit.param`."""
@@ -275,6 +280,11 @@ class Adapter(PeftForm, Pass):
         Without a site `name` is that of a tensor of the base that trains with the adapter.
         """
         return lr
+
+    @property
+    def changes_bias(self) -> bool:
+        """Whether its normal form has a bias at layers that have one."""
+        return False
 
     @property
     def any_rank(self) -> int:

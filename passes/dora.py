@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from surgeon.passes.base import CONV1D, EMBEDDING, LINEAR, Cost
+from surgeon.passes.base import CONV, CONV1D, EMBEDDING, LINEAR, Cost
 from surgeon.passes.lora import Lora
 
 if TYPE_CHECKING:
@@ -37,9 +37,10 @@ class Dora(Lora):
     name: ClassVar[str] = "dora"
     keeps: ClassVar[str] = "close"
     stacks: ClassVar[bool] = False
-    kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D, EMBEDDING)
+    kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D, EMBEDDING, CONV)
     reads_weight: ClassVar[bool] = True
     has_parts: ClassVar[bool] = False
+    has_bias: ClassVar[bool] = False
     peft_packed: ClassVar[bool] = False
 
     def cost(self, site: Site) -> Cost:
@@ -54,18 +55,23 @@ class Dora(Lora):
         aten, made = torch.ops.aten, self.bypass(site)
         drops = self.dropout > 0 and site.kind != EMBEDDING
         x = edit.dropout(edit.x, self.dropout) if drops else edit.x
-        weight = edit.call(aten.t.default, edit.weight) if site.transposed else edit.weight
-        plain = edit.linear(x, weight) if drops else edit.y
+        weight = made.weight(edit)
+        plain = made.base(edit, x, weight) if drops else edit.y
         a, b = self.factors(edit, made)
         total = edit.add(plain, edit.mul(made.up(edit, made.down(edit, x, a), b), self.scale))
         gain = edit.call(aten.div.Tensor, edit.param("m", (site.out,), "ones"), self._norm(edit, weight, a, b))
+        scaled = edit.mul(total, made.bias(edit, gain))
         if drops:
-            edit.replace(edit.add(edit.call(aten.sub.Tensor, edit.y, plain), edit.mul(total, gain)))
+            edit.replace(edit.add(edit.call(aten.sub.Tensor, edit.y, plain), scaled))
         elif edit.bias is None:
-            edit.replace(edit.mul(total, gain))
+            edit.replace(scaled)
         else:
             kept = edit.call(aten.sub.Tensor, edit.bias, edit.mul(edit.bias, gain))
-            edit.replace(edit.add(edit.mul(total, gain), kept))
+            edit.replace(edit.add(scaled, made.bias(edit, kept)))
+
+    def unfit(self, site: Site) -> str:
+        """PEFT has none where a convolution has groups; the norm of W + s B A would need one product per group."""
+        return "it is a convolution in groups" if site.groups > 1 else super().unfit(site)
 
     def _norm(self, edit: Edit, weight: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
         """‖W + s b a‖ `[out]` by rows: √(‖w‖² + 2 s b · W aᵀ + s² b · (a aᵀ) b)."""
@@ -113,3 +119,16 @@ class Dora(Lora):
     def peft_keys(self, site: Site) -> dict[str, str]:
         """LoRA's, and the magnitudes."""
         return {**super().peft_keys(site), "m": f"model.{site.path}.lora_magnitude_vector"}
+
+    def packed(self, name: str, tensor: torch.Tensor, site: Site) -> torch.Tensor:
+        """At a convolution PEFT's magnitudes are `[1, out, 1, ..]`."""
+        if name != "m":
+            return super().packed(name, tensor, site)
+        return tensor.reshape(1, -1, *[1] * len(site.window)) if site.window else tensor
+
+    def unpacked(self, name: str, tensor: torch.Tensor, site: Site) -> torch.Tensor:
+        """The other way."""
+        if name != "m":
+            return super().unpacked(name, tensor, site)
+        wanted = (1, site.out, *[1] * len(site.window))
+        return tensor.flatten() if site.window and tensor.shape == wanted else tensor

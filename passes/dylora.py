@@ -54,6 +54,7 @@ class DyLora(Lora):
     """
 
     name: ClassVar[str] = "dylora"
+    has_bias: ClassVar[bool] = False
     inits: ClassVar[tuple[str, ...]] = (KAIMING, GAUSSIAN)
     rank: int = 8
     distribution: str = UNIFORM

@@ -33,10 +33,14 @@ class Ia3(Adapter):
     peft_type: ClassVar[str] = "IA3"
     peft_lacks: ClassVar[tuple[str, ...]] = ("bias", "layers_pattern", "layers_to_transform")
     kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D)
-    changes_bias: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 3e-3
     targets: str = "*.{k,v}_proj *.down_proj"
     inputs: str = "*.down_proj"
+
+    @property
+    def changes_bias(self) -> bool:
+        """s is of the output with its bias."""
+        return True
 
     def at(self, site: Site) -> Ia3:
         """With `inputs` "*" at a site whose input is scaled, else ""."""

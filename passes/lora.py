@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
@@ -58,6 +57,8 @@ class Lora(Adapter):
             quantising took from W (Li et al. 2023, one iteration: the base's codes stay); "eva:data.jsonl": the
             directions that most of the layers' inputs lie in, for a data file (Paischer et al. 2024).
         rho: with "eva:…", by what factor a site's rank may grow, on account of others; 1 leaves all ranks as they are.
+        experts: of layers of experts, those to adapt by number, `0,3` or `0-3,6`; the others stay. Empty: all.
+        lora_bias: beside B A a bias c `[out]` = 0 that trains, y + s · (B A x + c), at layers that have a bias.
     """
 
     name: ClassVar[str] = "lora"
@@ -67,6 +68,7 @@ class Lora(Adapter):
     kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D, EMBEDDING, EXPERTS, CONV)
     least_rank: ClassVar[int] = 1
     has_parts: ClassVar[bool] = True
+    has_bias: ClassVar[bool] = True
     inits: ClassVar[tuple[str, ...]] = (KAIMING, GAUSSIAN, *_PAIRS, "eva")
     rank: int = 8
     alpha: float = 16.0
@@ -79,30 +81,16 @@ class Lora(Adapter):
     parts: str = ""
     init: str = KAIMING
     rho: float = 2.0
+    lora_bias: bool = False
+    experts: str = ""
     layouts: tuple[tuple[str, str], ...] = ()
     oversized: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for rank, least in ((self.rank, 1), *((rank, self.least_rank) for _, rank in self.ranks)):
-            if rank < least:
-                raise UsageError(f"{self.name}: rank is {rank}", "--rank", f"a rank of at least {least}, for example 8")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"{self.name}: dropout is {self.dropout}", "--dropout", "a probability below 1, e.g. 0.05")
-        if self.parts and not self.has_parts:
-            what = f"{self.name} has one bypass for a whole projection"
-            raise UsageError(what, "--parts", "leave it out, or use lora")
-        for word in self.wanted:
-            if word not in ("q", "k", "v"):
-                raise UsageError(f"{self.name}: '{word}' is no part of a projection", "--parts", "q, k or v, e.g. q,v")
-        kind = re.sub(r"^(pissa)_niter_\d+$|^(eva):.+$", r"\1\2", self.init)
-        if kind not in self.inits or self.rho < 1:
-            what, known = f"{self.name}: init is '{self.init}', rho {self.rho:g}", ", ".join(self.inits)
-            raise UsageError(what, "--init, --rho", f"one of {known} (as eva:FILE), and a rho of at least 1")
-        for name in ("lr_ratio", "lr_embedding"):
-            if not 0 < getattr(self, name) < math.inf:
-                what, flag = f"{self.name}: {name} is {getattr(self, name)}", f"--{name.replace('_', '-')}"
-                raise UsageError(what, flag, "a number above 0; 16 is LoRA+'s ratio")
+        from surgeon.lora_options import check
+
+        check(self)
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -113,6 +101,16 @@ class Lora(Adapter):
     def moves(self) -> bool:
         """Whether a and b begin with a part of the weight, which a0 and b0 take away."""
         return self.init.startswith(("pissa", "olora"))
+
+    @property
+    def recodes(self) -> bool:
+        """Whether the base's codes are made anew, from what a0 and b0 leave over."""
+        return self.init.startswith("loftq_iter_") and self.init != "loftq_iter_1"
+
+    @property
+    def changes_bias(self) -> bool:
+        """Where the adapter has one."""
+        return self.lora_bias
 
     @property
     def scale(self) -> float:
@@ -141,8 +139,11 @@ class Lora(Adapter):
 
     def unfit_in(self, graph: Graph, site: Site) -> str:
         """As `unfit`, at the parts asked for."""
-        if self.init == "loftq" and graph.tensors[site.weight].held is None:
-            return "its weight is not quantised, and loftq has nothing to make up for"
+        if self.init.startswith("loftq"):
+            from surgeon.moved import unfit_for_loftq
+
+            if why := unfit_for_loftq(graph, site):
+                return why
         if not self.wanted or self.layouts:
             return self.unfit(site)
         from surgeon.parts import layout_of
@@ -168,6 +169,9 @@ class Lora(Adapter):
             from surgeon import eva
 
             return cast(Self, eva.prepared(graph, self, chosen))
+        if self.experts and not any(site.kind == EXPERTS for site in chosen):
+            what = f"{self.name}: experts {self.experts} are named, and no target is a layer's experts"
+            raise UsageError(what, "--experts", "--targets '*.experts.*', or leave it out")
         if not self.wanted or self.layouts:
             return self
         from surgeon.parts import layout_of
@@ -177,7 +181,7 @@ class Lora(Adapter):
         return dataclasses.replace(self, layouts=by_pattern(found))
 
     def unfit(self, site: Site) -> str:
-        """Raises UsageError for a rank that no [out, in] matrix has."""
+        """Raises UsageError for a rank that no [out, in] matrix has, and for an expert that there is not."""
         made = self.at(site).bypass(site)
         if made.rank > made.limit and not self.oversized:
             raise UsageError(
@@ -189,6 +193,10 @@ class Lora(Adapter):
             site.kind not in (LINEAR, CONV1D) or made.whole_rank != made.rank
         ):
             return f"init={self.init} is for whole linears"
+        if self.lora_bias and (site.kind in (EMBEDDING, EXPERTS) or site.weight.endswith("in_proj_weight")):
+            return "an adapter has no bias there"
+        if self.lora_bias and not (site.bias or self.oversized):
+            return "it has no bias that the adapter's could be merged into"
         if self.init == "orthogonal" and made.rank % 2:
             raise UsageError(f"{self.name}: rank {made.rank} is odd", f"{site.path}, --init orthogonal", "an even rank")
         return made.unfit()
@@ -199,19 +207,23 @@ class Lora(Adapter):
         from surgeon.parts import Layout
 
         layout = Layout.parse(self.layouts[0][1]) if self.layouts else None
-        return bypass_at(site, self.rank, layout, self.wanted)
+        return bypass_at(site, self.rank, layout, self.wanted, self.experts)
 
     def cost(self, site: Site) -> Cost:
         """rank · (in + out) parameters, each multiplied once per token; an embedding looks up a column of a."""
-        made, pairs = self.bypass(site), 2 if self.moves else 1
-        count = made.parameters
-        return Cost(self.rank, count, (pairs - 1) * count, pairs * count, flops=2 * pairs * made.macs)
+        made, extra = self.bypass(site), site.out if self.lora_bias else 0
+        count, pairs = made.parameters, 2 if self.moves else 1
+        frozen = count if self.moves or self.recodes else 0
+        return Cost(self.rank, count + extra, frozen, count + frozen + extra, flops=2 * pairs * made.macs)
 
     def rewrite(self, edit: Edit, site: Site) -> None:
         """x → dropout → a → b → · s → + y."""
         made = self.bypass(site)
         low, b = self.low(edit, made)
-        edit.replace(edit.add(edit.y, edit.mul(made.up(edit, low, b), self.scale)))
+        total = edit.add(edit.y, edit.mul(made.up(edit, low, b), self.scale))
+        if self.lora_bias:
+            total = edit.add(total, edit.mul(made.bias(edit, edit.param("c", (site.out,), "zeros")), self.scale))
+        edit.replace(total)
 
     def low(self, edit: Edit, made: Bypass) -> tuple[fx.Node, fx.Node]:
         """A dropout(x) and b; there is no dropout on token ids."""
@@ -225,6 +237,9 @@ class Lora(Adapter):
 
         first = ("gaussian", "zeros") if self.init == GAUSSIAN and made.first[0] == KAIMING else made.first
         a, b = (edit.param(*given) for given in zip("ab", (made.a, made.b), first, strict=True))
+        if self.recodes:
+            edit.keep("a0", made.a)
+            edit.keep("b0", made.b)
         if not self.moves:
             return a, b
         cat = torch.ops.aten.cat.default
@@ -248,7 +263,10 @@ class Lora(Adapter):
 
             a, b = torch.cat([a, params["a0"]]), torch.cat([b, params["b0"]], 1)
         a, b = self.bypass(site).normal(a, b)
-        return Normal(scale=self.scale, a=a, b=b)
+        if not self.lora_bias:
+            return Normal(scale=self.scale, a=a, b=b)
+        bias, own = base.bias(), params["c"].float() * self.scale
+        return Normal(scale=self.scale, a=a, b=b, bias=own if bias is None else bias.float() + own)
 
     def rate(self, name: str, site: Site | None, lr: float) -> float:
         """As in the code of LoRA+: the ratio is for b and all vectors, and embeddings have a rate of their own."""
@@ -256,7 +274,7 @@ class Lora(Adapter):
             return lr
         if site is not None and site.kind == EMBEDDING:
             return self.lr_embedding
-        return lr * self.lr_ratio if name in ("b", "m") or name.endswith(".bias") else lr
+        return lr * self.lr_ratio if name in ("b", "c", "m") or name.endswith(".bias") else lr
 
     @property
     def peft_lossy(self) -> bool:
@@ -279,15 +297,19 @@ class Lora(Adapter):
         """lora_A and lora_B."""
         from surgeon import peft_lora
 
-        return peft_lora.keys(site)
+        return {**peft_lora.keys(site), **({"c": f"model.{site.module}.lora_B.bias"} if self.lora_bias else {})}
+
+    def peft_unfit(self, task: str) -> str:
+        """Why PEFT has no place for what these options do."""
+        return "the base's codes are not those that its weights have" if self.recodes else super().peft_unfit(task)
 
     def packed(self, name: str, tensor: torch.Tensor, site: Site) -> torch.Tensor:
         """As `Bypass.packed`."""
-        return self.bypass(site).packed(name, tensor)
+        return tensor if name == "c" else self.bypass(site).packed(name, tensor)
 
     def unpacked(self, name: str, tensor: torch.Tensor, site: Site) -> torch.Tensor:
         """As `Bypass.unpacked`."""
-        return self.bypass(site).unpacked(name, tensor)
+        return tensor if name == "c" else self.bypass(site).unpacked(name, tensor)
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Lora:

@@ -63,7 +63,7 @@ class Quantiser(Pass):
     def match(self, graph: Graph) -> list[Site | Skip]:
         """The targeted sites; raises UsageError for a pattern that matches nothing that can be quantised."""
         from surgeon.sites import sites
-        from surgeon.targets import targeted
+        from surgeon.targets import targeted, unnamed_experts
 
         shared = _shared(graph)
         chosen: list[Site | Skip] = []
@@ -73,7 +73,8 @@ class Quantiser(Pass):
         if not any(not isinstance(item, Skip) for item in chosen):
             reasons = "; ".join(f"{item.path}: {item.why}" for item in chosen[:3] if isinstance(item, Skip))
             raise UsageError(f"{self.name} has no weight to quantise", reasons or self.targets, "other --targets")
-        return chosen
+        left = unnamed_experts(graph, self.targets, self.exclude)
+        return chosen + [Skip(site.path, f"{self.name} quantises linears alone, and not experts") for site in left]
 
     def rewrite(self, edit: Edit, site: Site) -> None:
         """x Wᵀ + bias → the operator on x, bias and the parts of W."""

@@ -55,7 +55,16 @@ class ConvBypass(Bypass):
 
     def down(self, edit: Edit, x: fx.Node, a: fx.Node) -> fx.Node:
         """The convolution of a: `[b, in, ..]` → `[b, r, ..]`."""
-        kernel = edit.call(aten.view.default, a, [self.rank, self.site.inp // self.site.groups, *self.site.window])
+        return self.base(edit, x, a)
+
+    def weight(self, edit: Edit) -> fx.Node:
+        """`[out, in · window]`."""
+        return edit.call(aten.flatten.using_ints, edit.weight, 1, -1)
+
+    def base(self, edit: Edit, x: fx.Node, weight: fx.Node) -> fx.Node:
+        """The site's own convolution with the rows of a matrix as its kernel."""
+        rows, *_ = weight.meta["val"].shape
+        kernel = edit.call(aten.view.default, weight, [rows, self.site.inp // self.site.groups, *self.site.window])
         return edit.call(edit.node.target, x, kernel, None, *edit.node.args[3:], **edit.node.kwargs)
 
     def up(self, edit: Edit, low: fx.Node, b: fx.Node) -> fx.Node:
@@ -64,6 +73,10 @@ class ConvBypass(Bypass):
         kernel = edit.call(aten.view.default, b, [*self.b, *[1] * axes])
         plain = _CONVOLUTIONS[axes]
         return edit.call(plain, low, kernel, None, [1] * axes, [0] * axes, [1] * axes, self.site.groups)
+
+    def bias(self, edit: Edit, c: fx.Node) -> fx.Node:
+        """`[out, 1, ..]`."""
+        return edit.call(aten.view.default, c, [self.site.out, *[1] * len(self.site.window)])
 
     def normal(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """With an axis of groups in front of both, if there are several."""

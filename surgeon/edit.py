@@ -111,6 +111,13 @@ class Edit:
             self._register(f"{path}.{relative}" if path else relative, shape, init, trainable)
         return self._get(self.part, relative, shape, self.y)
 
+    def keep(self, name: str, shape: tuple[int, ...]) -> None:
+        """A tensor of this site that is stored with the adapter, and that the graph does not read."""
+        local = self.site.tensor(self.owner, name)
+        relative = local.removeprefix(f"{self.site.layer}." if self.site.layer else "")
+        for path in self.paths:
+            self._register(f"{path}.{relative}" if path else relative, shape, "zeros", False)
+
     def shared(self, name: str, shape: tuple[int, ...], init: Init, *, trainable: bool = False) -> fx.Node:
         """A tensor of the whole model, `<pass id>.<name>`, handed into the layer as an input."""
         full = f"{self.owner}.{name}"

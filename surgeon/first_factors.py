@@ -17,6 +17,7 @@ from surgeon.sites import Site
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Read = Callable[[], torch.Tensor]
+Rounded = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -24,13 +25,13 @@ class FirstPair:
     """a and b of one site, computed together when one of them is asked for, and forgotten when both have been.
 
     Attributes:
-        kind: "pissa", "pissa_niter_<n>", "olora", "orthogonal" or "loftq".
+        kind: "pissa", "pissa_niter_<n>", "olora", "orthogonal", "loftq" or "loftq_iter_<n>".
         site: the linear.
         rank: r.
         scale: s.
         seed: of random numbers.
         original: reads the weight as the checkpoint has it.
-        held: reads the weight as the graph holds it; another one where it is quantised.
+        rounded: a matrix `[out, in]` as its codes, where the weight is quantised, have it.
     """
 
     kind: str
@@ -39,28 +40,63 @@ class FirstPair:
     scale: float
     seed: int
     original: Read
-    held: Read
+    rounded: Rounded | None = None
     made: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def __call__(self, word: str) -> torch.Tensor:
-        """`a` or `b`; `a0` and `b0` are a and −b."""
+        """`a` or `b`; of what moves the base `a0`, `b0` are a and −b; of LoftQ, without s, those of the codes."""
         if word not in self.made:
-            a, b = (tensor.float().contiguous() for tensor in self._pair())
-            self.made.update({"a": a, "b": b, "a0": a, "b0": b})
-        found = self.made.pop(word)
-        return -found if word == "b0" else found.clone()
+            made = {word: tensor.float().contiguous() for word, tensor in self._made().items()}
+            self.made.update(made)
+        return self.made.pop(word).clone()
 
-    def _pair(self) -> Pair:
+    def _made(self) -> dict[str, torch.Tensor]:
+        weight = self.site.matrix(self.original().float())
+        if self.kind.startswith("loftq"):
+            assert self.rounded is not None
+            (a0, b0), (a, b) = loftq(weight, self.rank, rounds_of(self.kind), self.rounded)
+            root = abs(self.scale) ** 0.5
+            return {"a": a / root, "b": b * (root / self.scale), "a0": a0, "b0": b0}
+        a, b = self._pair(weight)
+        return {"a": a, "b": b, "a0": a, "b0": -b}
+
+    def _pair(self, weight: torch.Tensor) -> Pair:
         generator = generator_of(self.seed, f"{self.site.path}.{self.kind}")
         if self.kind == "orthogonal":
             return orthogonal(self.rank, self.site.inp, self.site.out, generator)
-        weight = self.site.matrix(self.original().float())
         if self.kind == "olora":
             return leading_of_qr(weight, self.rank)
-        if self.kind == "loftq":
-            return principal((weight - self.site.matrix(self.held().float())) / self.scale, self.rank)
         rounds = re.fullmatch(r"pissa_niter_(\d+)", self.kind)
         return principal(weight / self.scale, self.rank, int(rounds[1]) if rounds else None, generator)
+
+
+def rounds_of(kind: str) -> int:
+    """n of "loftq_iter_<n>"; 1 of "loftq"."""
+    found = re.fullmatch(r"loftq_iter_(\d+)", kind)
+    return int(found[1]) if found else 1
+
+
+def loftq(weight: torch.Tensor, rank: int, rounds: int, rounded: Rounded) -> tuple[Pair, Pair]:
+    """Q = quantised(W − b a) and b a ≈ W − Q, in turns from b a = 0 (Li et al. 2023, alg. 1).
+
+    Args:
+        weight: W `[out, in]`.
+        rank: r.
+        rounds: how often.
+        rounded: what quantising and dequantising makes of a matrix.
+
+    Returns:
+        The pair that the last Q was made with, and the one that was made from it.
+    """
+    before, pair = _nothing(weight, rank), _nothing(weight, rank)
+    for _ in range(rounds):
+        before = pair
+        pair = principal(weight - rounded(weight - pair[1] @ pair[0]).float(), rank)
+    return before, pair
+
+
+def _nothing(weight: torch.Tensor, rank: int) -> Pair:
+    return weight.new_zeros(rank, weight.shape[1]), weight.new_zeros(weight.shape[0], rank)
 
 
 @dataclass(frozen=True)

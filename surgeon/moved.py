@@ -9,10 +9,13 @@ import math
 import torch
 
 from surgeon import eva
+from surgeon.coded import stored_parts
+from surgeon.errors import UsageError
 from surgeon.first_factors import FirstFactor, FirstPair
-from surgeon.fold import value_of
 from surgeon.graph import Graph
+from surgeon.hold import Codes
 from surgeon.passes.lora import Lora
+from surgeon.passes.quantiser import Quantiser
 from surgeon.replaced import Held
 from surgeon.run import owners
 from surgeon.sites import Site, sites
@@ -26,13 +29,57 @@ def first_values(graph: Graph, owner: str, step: Lora, seed: int) -> None:
     if step.init == "eva":
         eva.place(graph)
         return
+    pairs = step.moves or step.recodes
     for site in _adapted(graph, owner, step):
         at = step.at(site)
         original = functools.partial(graph.values.__getitem__, site.weight)
-        held = functools.partial(value_of, graph, site.weight)
-        pair = FirstPair(step.init, site, at.rank, at.scale, seed, original, held)
-        for word in ("a", "b", "a0", "b0") if step.moves else ("a", "b"):
+        quantised = step.init.startswith("loftq")
+        rounded = functools.partial(_rounded, graph, site) if quantised else None
+        pair = FirstPair(step.init, site, at.rank, at.scale, seed, original, rounded)
+        for word in ("a", "b", "a0", "b0") if pairs else ("a", "b"):
             graph.inserted[site.tensor(owner, word)] = FirstFactor(pair, word)
+    if step.recodes:
+        _code_again(graph, owner, step)
+
+
+def unfit_for_loftq(graph: Graph, site: Site) -> str:
+    """Why there is nothing here that LoftQ could make up for, or ""."""
+    if graph.tensors[site.weight].held is None:
+        return "its weight is not quantised, and loftq has nothing to make up for"
+    return "" if stored_parts(graph, site.weight) is None else "its checkpoint has codes alone, and loftq needs weights"
+
+
+def _quantiser(graph: Graph, site: Site) -> Quantiser:
+    held = graph.tensors[site.weight].held
+    step = None if held is None else owners(graph.applied)[held.owner]
+    if not isinstance(step, Quantiser):
+        raise UsageError("the weight is not quantised", site.path, "apply nf4 or intq first")
+    return step
+
+
+def _rounded(graph: Graph, site: Site, matrix: torch.Tensor) -> torch.Tensor:
+    return _quantiser(graph, site).decode(_codes(graph, site, matrix), site)
+
+
+def _codes(graph: Graph, site: Site, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+    """In the dtype of the weight, as its own codes are made."""
+    return _quantiser(graph, site).encode(matrix.to(graph.values[site.weight].dtype))
+
+
+def _code_again(graph: Graph, owner: str, step: Lora) -> None:
+    """The codes of the weights are those of what the pair of the round before leaves over."""
+
+    def make(name: str) -> dict[str, torch.Tensor]:
+        site = by_weight[name]
+        a, b = (graph.inserted[site.tensor(owner, word)]() for word in ("a0", "b0"))
+        return _codes(graph, site, site.matrix(graph.values[name].float()) - b @ a)
+
+    by_weight = {site.weight: site for site in _adapted(graph, owner, step)}
+    codes = Codes(make)
+    for name in by_weight:
+        held = graph.tensors[name].held
+        for part, full in {} if held is None else held.parts.items():
+            graph.inserted[full] = functools.partial(codes, name, part)
 
 
 def as_one_pair(graph: Graph, owner: str, step: Lora) -> tuple[Graph, Lora]:

@@ -33,7 +33,7 @@ _KNOWN = (
     "num_attention_heads", "num_layers", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
     "tokenizer_kwargs", "prefix_projection", "encoder_reparameterization_type", "encoder_hidden_size",
     "target_parameters", "encoder_num_layers", "encoder_dropout", "feedforward_modules", "init_ia3_weights",
-    "token_indices", "trainable_token_indices", "use_qalora", "qalora_group_size",
+    "lora_bias", "token_indices", "trainable_token_indices", "use_qalora", "qalora_group_size",
 )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def config(step: Lora, sites: Sequence[Site]) -> dict[str, Any]:
         "init_lora_weights": True,
         "exclude_modules": None,
         "use_dora": False,
-        "lora_bias": False,
+        "lora_bias": step.lora_bias,
         "target_parameters": None,
     }
 
@@ -78,6 +78,7 @@ def options(config: Mapping[str, Any]) -> dict[str, Any]:
         "dropout": float(config.get("lora_dropout") or 0),
         "rslora": bool(config.get("use_rslora")),
         "oversized": True,
+        "lora_bias": bool(config.get("lora_bias")),
         "ranks": tuple((_suffix(key), int(rank)) for key, rank in ranks.items()),
         "alphas": tuple((_suffix(key), float(alpha)) for key, alpha in alphas.items()),
         **({"init": str(init)} if init in _MOVING_INITS else {}),

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from surgeon import context, replaced
 from surgeon.errors import UsageError
 from surgeon.flops import Flops, TextFlops, flops_of, text_flops
-from surgeon.graph import Graph
+from surgeon.graph import Graph, Holding
 from surgeon.passes.base import Adapter, Cost, Pass, Skip
 from surgeon.run import chosen_sites, owner_of
 from surgeon.sites import Site
@@ -129,6 +129,7 @@ def plan(model: Graph | Source | PretrainedConfig | str | Path, *passes: Pass, t
         chosen, left_out = chosen_sites(done, step)
         owner, ready = owner_of(done, step), step.prepare(done, chosen)
         modules, again = _costs(ready, chosen)
+        _hold(done, owner, modules)
         spans.update({site.path: cost.span for site, cost in modules if cost.span})
         planned += [_planned(site, owner, cost) for site, cost in modules]
         skipped += left_out
@@ -157,6 +158,14 @@ def _costs(step: Pass, chosen: list[Site]) -> tuple[list[tuple[Site, Cost]], lis
         else:
             modules[site.path] = site, cost
     return list(modules.values()), calls
+
+
+def _hold(graph: Graph, owner: str, modules: list[tuple[Site, Cost]]) -> None:
+    """The weights that codes stand for, for those passes that come later and need to know."""
+    for site, cost in modules:
+        if cost.freed:
+            held = Holding(owner, {}, lambda _: torch.empty(0))
+            graph.tensors[site.weight] = dataclasses.replace(graph.tensors[site.weight], held=held)
 
 
 def _planned(site: Site, owner: str, cost: Cost) -> PlannedSite:

@@ -1,9 +1,11 @@
 """Target patterns: which sites a pass works on.
 
 A pattern is one or more words separated by commas or spaces (braces group): `*.{q,v}_proj`, `model.layers.[0-3].*`,
-`q_proj v_proj`, `all-linear` (every linear but the head), `attention-linear` (those inside attentions). A word without
-a dot or wildcard matches a module of that name anywhere, as in PEFT's lists; `re:` before a word makes it a regular
-expression over the whole path, as in PEFT's strings.
+`q_proj v_proj`, `all-linear` (every linear but the head), `attention-linear` (those inside attentions), `all-experts`
+(the matrices of experts that are kept in one tensor, as transformers does it since version 5; `all-linear` is without
+them, as it is without convolutions, and says so). A word without a dot or wildcard matches a module of that name
+anywhere, as in PEFT's lists; `re:` before a word makes it a regular expression over the whole path, as in PEFT's
+strings.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from typing import TypeVar
 
 from surgeon.errors import UsageError, nearest
 
-ALL_LINEAR, ATTENTION_LINEAR = "all-linear", "attention-linear"
+ALL_LINEAR, ATTENTION_LINEAR, ALL_EXPERTS = "all-linear", "attention-linear", "all-experts"
+_RESERVED = (ALL_LINEAR, ATTENTION_LINEAR, ALL_EXPERTS)
 ALL_EMBEDDINGS, ALL_NORMS = "all-embeddings", "all-norms"
 T = TypeVar("T")
 
@@ -61,6 +64,21 @@ def matches(pattern: str, path: str) -> bool:
     return any(_matcher(word).fullmatch(path) for word in words(pattern))
 
 
+def numbers(text: str, flag: str) -> tuple[int, ...]:
+    """The numbers of `0,3` or `0-3,6`, in order, each once.
+
+    Raises:
+        UsageError: it is written otherwise; `flag` says where.
+    """
+    found: set[int] = set()
+    for word in filter(None, text.replace(" ", ",").split(",")):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
+        if match is None or (match[2] and int(match[2]) < int(match[1])):
+            raise UsageError(f"'{word}' is no number and no range of them", flag, "for example 0,3 or 0-3,6")
+        found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(sorted(found))
+
+
 def grouped(values: Mapping[str, T]) -> tuple[tuple[str, T], ...]:
     """(pattern, value) pairs for values by path; paths that differ in one layer's number share a pattern."""
     found: dict[tuple[str, str, T], list[str]] = {}
@@ -88,7 +106,7 @@ def check_words(pattern: str, paths: Iterable[str]) -> None:
     """Raise UsageError for a word that matches none of the paths, naming the nearest one."""
     known = list(paths)
     for word in words(pattern):
-        if word not in (ALL_LINEAR, ATTENTION_LINEAR) and not any(_matcher(word).fullmatch(path) for path in known):
+        if word not in _RESERVED and not any(_matcher(word).fullmatch(path) for path in known):
             raise UsageError(f"no module matches '{word}'", "--targets", _suggestion(word, known))
 
 

@@ -17,6 +17,8 @@ aten = torch.ops.aten
 GIVEN = "given"  # node.meta key: (owner, position or keyword, what undoes it) of what passes gave a site's node
 LINEAR, CONV1D, EMBEDDING, ATTENTION, EXPERTS = "linear", "conv1d", "embedding", "attention", "experts"
 CONV = "conv"
+WEIGHTED = (LINEAR, CONV1D, EMBEDDING, EXPERTS, CONV)
+"""The kinds that have a weight."""
 _CONVOLUTIONS = {overload for op in (aten.conv1d, aten.conv2d, aten.conv3d) for overload in (op.default, op.padding)}
 
 

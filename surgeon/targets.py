@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from surgeon.graph import Graph
-from surgeon.select import ALL_LINEAR, ATTENTION_LINEAR, check_words, matches, words
-from surgeon.sites import ATTENTION, CONV1D, LINEAR, Site, sites
+from surgeon.select import ALL_EXPERTS, ALL_LINEAR, ATTENTION_LINEAR, check_words, matches, words
+from surgeon.sites import ATTENTION, CONV1D, EXPERTS, LINEAR, Site, sites
 
 _HEADS = ("lm_head", "score", "classifier", "qa_outputs", "embed_out", "output_projection")
 
@@ -25,9 +25,18 @@ def targeted(graph: Graph, candidates: Sequence[Site], targets: str, exclude: st
         linear = site.kind in (LINEAR, CONV1D) and site.path not in head
         if linear and (ALL_LINEAR in reserved or site.path.startswith(attentions)):
             return True
+        if site.kind == EXPERTS and ALL_EXPERTS in reserved:
+            return True
         return matches(targets, site.path)
 
     return [site for site in candidates if named(site) and not matches(exclude, site.path)]
+
+
+def unnamed_experts(graph: Graph, targets: str, exclude: str) -> list[Site]:
+    """The experts that `all-linear` leaves out, where no other word of `targets` names them."""
+    if ALL_LINEAR not in words(targets) or ALL_EXPERTS in words(targets):
+        return []
+    return [s for s in sites(graph, EXPERTS) if not matches(targets, s.path) and not matches(exclude, s.path)]
 
 
 def head_paths(graph: Graph) -> set[str]:

@@ -39,7 +39,6 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 UNSUPPORTED: dict[str, dict[str, Any]] = {
-    "lora_bias": {"lora_bias": True},
     "trainable_token_indices": {"trainable_token_indices": {"nowhere": [1]}},
     "layer_replication": {"layer_replication": [[0, 2]]},
     "init_lora_weights": {"init_lora_weights": "pissa_niter_4"},

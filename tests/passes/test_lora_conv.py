@@ -79,7 +79,7 @@ def beside(module: nn.Module, p: dict[str, torch.Tensor]) -> Any:
 @pytest.mark.parametrize(
     ("targets", "method", "rank"),
     [(CONVOLUTIONS, "lora", 4), ("point", "lora", 2), ("attend,out_proj", "lora", 4), ("plain,plane", "dylora", 3),
-     ("plain,dilated,plane,attend", "adalora", 3)],
+     ("plain,dilated,plane,attend", "adalora", 3), ("plain,dilated,plane", "dora", 3)],
 )  # fmt: skip
 def test_the_laws_hold(targets: str, method: str, rank: int) -> None:
     base, graph = odd()[1], applied(targets, method, rank=rank, alpha=2 * rank)
@@ -136,8 +136,53 @@ def test_peft_reads_what_is_written(targets: str, tmp_path: Path) -> None:
     assert_merged_alike(model, graph)
 
 
-def peft_model(*targets: str) -> Any:
-    model = get_peft_model(reference(), LoraConfig(r=4, lora_alpha=12, target_modules=list(targets)))
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "dora": ("dora", {}, {"use_dora": True}),
+    "lora_bias": ("lora", {"lora_bias": True}, {"lora_bias": True}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_peft_reads_and_merges_variants(variant: str, tmp_path: Path) -> None:
+    method, options, _ = VARIANTS[variant]
+    graph = randomised(applied("plain,plane", method, **options))
+    store.save(graph, tmp_path / "work")
+    assert torch.equal(outputs_of(store.load(tmp_path / "work")), outputs_of(graph))
+    model = PeftModel.from_pretrained(reference(), tmp_path / "work").eval()
+    assert close(outputs_of(graph), states(model, graph))
+    assert_merged_alike(model, graph)
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT takes a bias for a matrix that was cut
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_that_peft_writes_are_read(variant: str, tmp_path: Path) -> None:
+    method, _, fields = VARIANTS[variant]
+    model = peft_model("plain", "plane", **fields)
+    model.save_pretrained(tmp_path)
+    graph = store.load_adapter(tmp_path, odd()[0].folder, "features")
+    assert graph.applied[0].name == method
+    assert close(outputs_of(graph), states(model, graph))
+    assert_merged_alike(model, graph)
+
+
+def test_dora_with_dropout_is_pefts_in_training(tmp_path: Path) -> None:
+    graph = randomised(applied("plain", "dora", dropout=0.3))
+    store.save(graph, tmp_path / "work")
+    theirs, ids = PeftModel.from_pretrained(reference(), tmp_path / "work", is_trainable=True), inputs_of(graph)[0]
+    torch.manual_seed(3)
+    found = load(graph).train()(ids)[0]
+    torch.manual_seed(3)
+    assert close(found.detach(), theirs.train()(input_ids=ids).last_hidden_state.detach())
+
+
+def test_dora_has_no_form_in_groups() -> None:
+    with pytest.raises(UsageError, match="no site to work on") as caught:
+        applied("grouped", "dora")
+    assert "in groups" in caught.value.where
+
+
+def peft_model(*targets: str, **fields: Any) -> Any:
+    model = get_peft_model(reference(), LoraConfig(r=4, lora_alpha=12, target_modules=list(targets), **fields))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_" in name:

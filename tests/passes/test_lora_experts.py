@@ -19,6 +19,8 @@ from surgeon.errors import UsageError
 from surgeon.graph import Graph
 from surgeon.lower import onnx
 from surgeon.lower.merge import merge
+from surgeon.normal import Base
+from surgeon.planning import plan
 from surgeon.sites import EXPERTS, sites
 from surgeon.source import open_source
 
@@ -120,15 +122,79 @@ def test_the_router_may_be_a_parameter_too(tmp_path: Path) -> None:
     assert_merged_alike(model, graph)
 
 
-def test_all_linear_leaves_experts_alone() -> None:
-    graph = run.apply(base_of("mixtral")[1], passes.make("lora", rank=2, targets="all-linear"))
-    assert not {item.site.kind for item in fold.folds(graph)} & {EXPERTS}
+@pytest.mark.parametrize("method", ["lora", "vera"])
+def test_all_linear_leaves_experts_alone_and_says_so(method: str) -> None:
+    base, step = base_of("mixtral")[1], passes.make(method, rank=2, targets="all-linear")
+    assert not {item.site.kind for item in fold.folds(run.apply(base, step))} & {EXPERTS}
+    skipped = plan(base, step).skipped
+    assert {skip.path for skip in skipped} == {site.path for site in sites(base, EXPERTS)}
+    assert {"all-experts" in skip.why for skip in skipped} == {method == "lora"}
+
+
+def test_all_experts_are_named() -> None:
+    base = base_of("mixtral")[1]
+    graph = run.apply(base, passes.make("lora", rank=2, targets="all-linear all-experts"))
+    kinds = {item.site.kind for item in fold.folds(graph)}
+    assert kinds == {"linear", EXPERTS}
+    assert not plan(base, *graph.applied).skipped
+    with pytest.raises(UsageError, match="no site to work on"):
+        run.apply(base_of("llama")[1], passes.make("lora", targets="all-experts"))
 
 
 def test_a_rank_above_the_experts() -> None:
     with pytest.raises(UsageError, match="rank 33 is above the size of the layer") as caught:
         trained("mixtral", "*.experts.gate_up_proj", rank=33)
     assert "at most 32" in caught.value.hint
+
+
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.slow), "llama4_text"])
+def test_some_experts(family: str, tmp_path: Path) -> None:
+    """The others compute what they did, in the graph, merged, and in PEFT."""
+    folder, base = base_of(family)
+    last = next(site for site in sites(base, EXPERTS)).experts - 1
+    graph = trained(family, "*.experts.*", experts=f"0,{last}")
+    planned = plan(base, *graph.applied)
+    assert planned.trainable_parameters == sum(spec.count for spec in graph.trainable().values())
+    for item in fold.folds(graph):
+        assert item.params["a"]().shape[0] == 2
+        delta = item.normal(Base(lambda: torch.empty(0))).delta()
+        assert delta is not None
+        assert [bool(part.any()) for part in delta] == [e in (0, last) for e in range(last + 1)]
+    merged = fold.fold(graph)
+    assert merged.text() == base.text()
+    assert close(outputs_of(merged), outputs_of(graph))
+    assert not close(outputs_of(base), outputs_of(graph))
+    store.save(graph, tmp_path / "work")
+    assert torch.equal(outputs_of(store.load(tmp_path / "work")), outputs_of(graph))
+    model = PeftModel.from_pretrained(reference(folder), tmp_path / "work").eval()
+    assert close(outputs_of(graph), logits(model, graph))
+    assert_merged_alike(model, graph)
+
+
+@pytest.mark.parametrize(
+    ("options", "what", "where"),
+    [
+        ({"experts": "0,9"}, "there is no expert 9", "has 4 experts"),
+        ({"experts": "0;2"}, "'0;2' is no number", "--experts"),
+        ({"experts": "3-1"}, "'3-1' is no number", "--experts"),
+        ({"experts": "1", "targets": "q_proj"}, "no target is a layer's experts", "--experts"),
+    ],
+)
+def test_experts_that_there_are_not(options: dict[str, Any], what: str, where: str) -> None:
+    with pytest.raises(UsageError, match=what) as caught:
+        run.apply(base_of("mixtral")[1], passes.make("lora", **{"rank": 2, "targets": "*.experts.*", **options}))
+    assert where in caught.value.where
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_dora_has_no_form_at_experts() -> None:
+    """As in PEFT, which raises where it is asked for one."""
+    with pytest.raises(UsageError, match="no site to work on") as caught:
+        run.apply(base_of("mixtral")[1], passes.make("dora", rank=2, targets="*.experts.*"))
+    assert "dora has no form at what is of kind experts" in caught.value.where
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"], use_dora=True)
+    with pytest.raises(ValueError, match="use_dora=True"):
+        get_peft_model(reference(base_of("mixtral")[0]), config)
 
 
 def test_cut_experts_are_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from surgeon.model import load_model
 from surgeon.passes import make
 from surgeon.planning import plan
 from surgeon.rates import rates
+from surgeon.sites import Site
 
 quiet = pytest.mark.filterwarnings("ignore")  # PEFT's own
 Q = "model.layers.0.self_attn.q_proj"
@@ -170,8 +172,74 @@ def test_loftq_makes_up_for_what_quantising_took() -> None:
     assert "not quantised" in str(caught.value)
 
 
+ROUNDS = 3
+
+
+def pefts_loftq(weight: torch.Tensor, rank: int, rounds: int = ROUNDS) -> tuple[torch.Tensor, ...]:
+    """PEFT's own function, which names a GPU as the place to compute, on the CPU."""
+    from peft.utils import loftq_utils
+
+    source = inspect.getsource(loftq_utils.loftq_init).replace('"cuda"', '"cpu"')
+    space = dict(vars(loftq_utils))
+    exec(source, space)
+    found: tuple[torch.Tensor, ...] = space["loftq_init"](weight, num_bits=4, reduced_rank=rank, num_iter=rounds)
+    return found
+
+
+@quiet
+def test_rounds_of_loftq_are_pefts() -> None:
+    """On a weight of whole blocks per row: bitsandbytes 0.50 decodes some others wrongly on the CPU."""
+    weight, site = torch.randn(48, 128), Site("q", "linear", "", "q", inp=128, out=48)
+    codes = make("nf4", double=False)
+    before, (a, b) = first_factors.loftq(weight, 4, ROUNDS, lambda m: codes.decode(codes.encode(m), site))  # type: ignore[attr-defined]
+    moved, their_a, their_b = pefts_loftq(weight, 4)
+    base = codes.decode(codes.encode(weight - before[1] @ before[0]), site)  # type: ignore[attr-defined]
+    assert torch.allclose(base, moved, atol=1e-6)
+    assert torch.allclose(b @ a, their_b @ their_a, atol=1e-5)
+    once = pefts_loftq(weight, 4, 1)
+    assert (weight - base - b @ a).norm() < (weight - once[0] - once[2] @ once[1]).norm()
+
+
+@pytest.mark.parametrize("codes", [("intq", {"bits": 4}), ("intq", {"bits": 3, "zero": "symmetric"})])
+def test_rounds_of_loftq_are_the_formula_in_numpy(codes: tuple[str, dict[str, Any]]) -> None:
+    import numpy as np
+
+    quantiser = make(codes[0], **codes[1])
+    graph = run.apply(graph_of("llama"), quantiser, make("lora", rank=4, init="loftq_iter_2", targets="q_proj"))
+    item = next(item for item in fold.folds(graph) if item.site.path == Q)
+    weight, product = graph.values[f"{Q}.weight"].numpy(), 0
+    for _ in range(2):
+        codes_ = quantiser.encode(torch.from_numpy(weight - product))  # type: ignore[attr-defined]
+        rounded = quantiser.decode(codes_, item.site).numpy()  # type: ignore[attr-defined]
+        u, sigma, vt = np.linalg.svd(weight - rounded)
+        product = (u[:, :4] * sigma[:4]) @ vt[:4]
+    p = first(graph, Q)
+    assert np.abs(fold.value_of(graph, f"{Q}.weight").numpy() - rounded).max() < 1e-6
+    assert np.abs(16 / 4 * (p["b"] @ p["a"]).numpy() - product).max() < 1e-5
+
+
+def test_codes_of_loftq_come_back_from_a_folder(tmp_path: Path) -> None:
+    steps = make("nf4"), make("lora", rank=2, init="loftq_iter_2", targets="q_proj down_proj")
+    planned = plan(base_of("llama")[1], *steps)
+    graph = randomised(run.apply(base_of("llama")[1], *steps))
+    assert planned.trainable_parameters == sum(spec.count for spec in graph.trainable().values())
+    store.save(graph, tmp_path / "work")
+    assert not (tmp_path / "work" / "adapter_config.json").exists()
+    again = store.load(tmp_path / "work")
+    assert torch.equal(outputs_of(again), outputs_of(graph))
+    assert all(torch.equal(again.inserted[name](), graph.inserted[name]()) for name in graph.inserted)
+    assert close(outputs_of(fold.fold(again)), outputs_of(graph))
+
+
 @pytest.mark.parametrize(
-    ("method", "init"), [("lora", "pizza"), ("lora", "pissa_niter_x"), ("dylora", "pissa"), ("adalora", "gaussian")]
+    ("method", "init"),
+    [
+        ("lora", "pizza"),
+        ("lora", "loftq_iter_0"),
+        ("lora", "pissa_niter_x"),
+        ("dylora", "pissa"),
+        ("adalora", "gaussian"),
+    ],
 )
 def test_what_is_no_init_is_refused(method: str, init: str) -> None:
     with pytest.raises(UsageError, match="init is") as caught:
