@@ -7,8 +7,8 @@ arguments are promised to be multiples of 16. Every file of kernels declares its
 that a launch needs beside the arguments, see `Binary.record`.
 
 `build` refuses a binary that spills registers, that multiplies tiles with fewer than 16 values in the inner dimension,
-or that wants scratch memory: the first loses more time than a kernel wins, the second compiles on some targets only,
-and no launcher provides the third.
+that needs more shared memory than the target has, or that wants scratch memory: the first loses more time than a kernel
+wins, the second compiles on some targets only, the third does not start, and no launcher provides the fourth.
 """
 
 from __future__ import annotations
@@ -49,9 +49,15 @@ class Target:
         """Suffix of its assembler text; PTX of sm_80 runs on every later NVIDIA GPU, through the driver's compiler."""
         return "ptx" if self.backend == "cuda" else "amdgcn"
 
+    def warps(self, of_32: int) -> int:
+        """As many threads in warps of this target."""
+        return max(1, of_32 * 32 // self.warp)
+
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 """What the kernels are tested for."""
+SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx90a": 64, "gfx942": 64}
+"""Shared memory of a program at most, KiB."""
 
 
 def target(name: str) -> Target:
@@ -76,7 +82,7 @@ class Variant:
         label: tells the variants of a kernel apart, for example "f16-m16".
         signature: types of its arguments in order, as words: "*fp16 *u8 i32 fp32".
         constants: values of its constants.
-        warps: per program.
+        warps: per program, of 32 threads.
         stages: how deep its loops are pipelined.
         divisible: arguments promised to be multiples of 16; addresses of tensors always are.
     """
@@ -136,7 +142,12 @@ class Binary:
     @property
     def threads(self) -> int:
         """Per program."""
-        return self.variant.warps * self.target.warp
+        return self.warps * self.target.warp
+
+    @property
+    def warps(self) -> int:
+        """Of the target, per program."""
+        return self.target.warps(self.variant.warps)
 
     def record(self) -> dict[str, Any]:
         """What a manifest says of it, in JSON's types; its files are written beside."""
@@ -146,7 +157,7 @@ class Binary:
             "sha256": hashlib.sha256(self.code).hexdigest(), "threads": self.threads, "shared": self.shared,
             "arguments": self.variant.types, "constants": dict(self.variant.constants),
             "divisible": sorted(self.variant.divisible), "grid": list(kernel.rule), "trailing": self.trailing,
-            "warps": self.variant.warps, "registers": self.registers, "spilled": self.spilled,
+            "warps": self.warps, "registers": self.registers, "spilled": self.spilled,
         }  # fmt: skip
 
 
@@ -160,7 +171,7 @@ def build(variant: Variant, where: Target, *, check: bool = True) -> Binary:
     triton = _triton()
     from triton.backends.compiler import GPUTarget
 
-    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    options = {"num_warps": where.warps(variant.warps), "num_stages": variant.stages}
     made = triton.compile(_source(variant), target=GPUTarget(where.backend, where.arch, where.warp), options=options)
     code, text = made.asm[where.binary], made.asm[where.text]
     registers, spilled = (_nvidia if where.backend == "cuda" else _amd)(code, text)
@@ -190,6 +201,8 @@ def _check(binary: Binary, ttir: str, scratch: int) -> None:
     inner = min(inner_dimensions(ttir), default=MINIMUM_INNER)
     if inner < MINIMUM_INNER:
         raise CheckFailed(f"tl.dot over {inner} values", where, f"at least {MINIMUM_INNER}: pad the tile with zeros")
+    if binary.shared > 1024 * SHARED.get(binary.target.name, 1 << 20):
+        raise CheckFailed(f"{binary.shared} bytes of shared memory are needed", where, "smaller tiles or fewer stages")
     if scratch or binary.trailing < 0:
         raise CheckFailed(f"{scratch} bytes of scratch memory are asked for", where, "no tensor descriptors on device")
 

@@ -118,7 +118,7 @@ class Call:
         kernel: what runs.
         arguments: in the order of the kernel.
         constants: what it is compiled for.
-        warps: per program.
+        warps: per program, of 32 threads; where warps have 64, half as many.
         stages: how deep its loops are pipelined.
     """
 
@@ -187,7 +187,8 @@ def run(call: Call) -> None:
         interpret(call)
         return
     with torch.cuda.device(device):
-        options = {"num_warps": call.warps, "num_stages": call.stages}
+        width = torch.cuda.get_device_properties(device).warp_size
+        options = {"num_warps": max(1, call.warps * 32 // width), "num_stages": call.stages}
         call.kernel.compiled[call.grid](**call.arguments, **call.constants, **options)
 
 
