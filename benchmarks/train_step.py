@@ -7,6 +7,9 @@ Bases: `small`, ../shared/models/pystdlib-llama (5.5M), with batches of 4 x 256 
 (hidden 640, 12 layers, 10 heads, inner 1792, vocabulary 32000, untied), with batches of 2 x 512. Adapters on all
 linears: LoRA of rank 16, VeRA of rank 256. AdamW; full batches with a mask of ones, as a data collator makes them.
 
+`overhead / peft` is what adapters add to a step of the frozen model (transformers' own, its gradient taken back to the
+embeddings, nothing trained): surgeon's addition over PEFT's.
+
 Seconds: both models live in one process and take steps in turn; the ratio is the median over the rounds of the two
 steps of a round, so that other work on the machine meets both. The processor's own time is given beside the wall's: it
 counts no waiting for a core that other work holds. Memory: a process per measurement; the peak resident
@@ -79,7 +82,16 @@ def compiled_model(base: str, method: str) -> Any:
     return torch.compile(peft_model(base, method))
 
 
-MAKERS = {"surgeon": surgeon_model, "peft": peft_model, "peft compiled": compiled_model}
+def frozen_model(base: str, method: str) -> Any:
+    """The base alone, with the gradient of its input: what a step costs without adapters."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base).requires_grad_(False)
+    model.enable_input_require_grads()
+    return model
+
+
+MAKERS = {"frozen": frozen_model, "surgeon": surgeon_model, "peft": peft_model, "peft compiled": compiled_model}
 
 
 class Steps:
@@ -98,7 +110,7 @@ class Steps:
             self.context = lambda: torch.autocast("cpu", torch.bfloat16)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.count = sum(p.numel() for p in trained)
-        self.optimiser = torch.optim.AdamW(trained, lr=1e-4)
+        self.optimiser = torch.optim.AdamW(trained or [torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
 
     def __call__(self) -> tuple[float, float]:
         """One step; its seconds on the wall and of the processor."""
@@ -130,6 +142,9 @@ def seconds(base: str, method: str, shape: tuple[int, int], precision: str, side
         for i, name in enumerate(("time", "cpu time")):
             ratios = [ours[i] / theirs[i] for ours, theirs in zip(taken["surgeon"], taken[side], strict=True)]
             found[f"{name} / {side}"] = statistics.median(ratios)
+    if "frozen" in sides:
+        base_s = found["frozen"]["cpu_s"]
+        found["overhead / peft"] = (found["surgeon"]["cpu_s"] - base_s) / (found["peft"]["cpu_s"] - base_s)
     found["trained"] = {side: step.count for side, step in both.items()}
     found["loss"] = {side: step.loss for side, step in both.items()}
     return found
@@ -185,7 +200,7 @@ def main() -> None:
 
 def run(options: argparse.Namespace, scratch: Path) -> None:
     """Every measurement, printed and written as it is made."""
-    sides = ["surgeon", "peft", *(["peft compiled"] if options.compiled else [])]
+    sides = ["surgeon", "peft", *(["peft compiled"] if options.compiled else []), "frozen"]
     for name in options.models:
         base = str(SMALL)
         if name == "100m":

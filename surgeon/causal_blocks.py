@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 ROWS = 64
-LENGTHS = {torch.float32: range(256, 769), torch.bfloat16: range(ROWS + 1, 769)}
+LENGTHS = {torch.float32: range(384, 769), torch.bfloat16: range(ROWS + 1, 769)}
 """Lengths at which this is faster (benchmarks/causal_blocks.py)."""
 
 

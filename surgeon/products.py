@@ -36,7 +36,7 @@ def add_times(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     plain = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
-    return plain and x.shape[0] >= ROWS and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return plain and x.shape[0] >= ROWS and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 _linear: Any = torch.ops.mkldnn._linear_pointwise
