@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from surgeon import causal_blocks
 from surgeon.causal_blocks import can_use, causal_attention
+from surgeon.ops import attention
 
 
 def leaves(heads: int, kv_heads: int, length: int, sizes: tuple[int, int], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -79,11 +80,11 @@ def test_the_attention_node_trains_through_it(monkeypatch: pytest.MonkeyPatch) -
     kept = causal_blocks.causal_attention
     monkeypatch.setattr(causal_blocks, "causal_attention", lambda *args: calls.append(1) or kept(*args))  # type: ignore[func-returns-value]
     tensors = leaves(4, 2, 400, (8, 8), torch.float32)
-    found = torch.ops.surgeon.attention(*tensors, scale=0.3, causal=True)
+    found = attention(*tensors, scale=0.3, causal=True)
     torch.testing.assert_close(found, torch_attention(*tensors, 0.3), rtol=1e-4, atol=1e-5)
     assert calls == [1]
     padded = torch.ones(2, 400, dtype=torch.bool)
     padded[0, :3] = False
-    torch.ops.surgeon.attention(*tensors, padded, scale=0.3, causal=True)
-    torch.ops.surgeon.attention(*tensors, scale=0.3)
+    attention(*tensors, padded, scale=0.3, causal=True)
+    attention(*tensors, scale=0.3)
     assert calls == [1]
