@@ -5,7 +5,8 @@
 
 Bases: `small`, ../shared/models/pystdlib-llama (5.5M), with batches of 4 x 256 tokens; `100m`, a random Llama of 102M
 (hidden 640, 12 layers, 10 heads, inner 1792, vocabulary 32000, untied), with batches of 2 x 512. Adapters on all
-linears: LoRA of rank 16, VeRA of rank 256. AdamW; full batches with a mask of ones, as a data collator makes them.
+linears: LoRA of rank 16, VeRA of rank 256, and QLoRA: rank 64 with dropout 0.05 over NF4 weights with double
+quantisation, PEFT's over bitsandbytes'. AdamW; full batches with a mask of ones, as a data collator makes them.
 
 `overhead / peft` is what adapters add to a step of the frozen model (transformers' own, its gradient taken back to the
 embeddings, nothing trained): surgeon's addition over PEFT's.
@@ -36,7 +37,7 @@ from typing import Any
 
 SMALL = Path(__file__).resolve().parents[2] / "shared/models/pystdlib-llama"
 BATCHES = {"small": (4, 256), "100m": (2, 512)}
-RANKS = {"lora": 16, "vera": 256}
+RANKS = {"lora": 16, "vera": 256, "qlora": 64}
 
 
 def make_100m(folder: Path) -> None:
@@ -52,34 +53,50 @@ def make_100m(folder: Path) -> None:
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def surgeon_model(base: str, method: str) -> Any:
+def surgeon_model(base: str, method: str, precision: str) -> Any:
     """The base with surgeon's adapter."""
     import surgeon
 
+    if method == "qlora":
+        return surgeon.apply(base, method, rank=RANKS[method])
     alpha = {"alpha": 32.0} if method == "lora" else {}
     return surgeon.apply(base, method, rank=RANKS[method], targets="all-linear", **alpha)
 
 
-def peft_model(base: str, method: str) -> Any:
+def peft_model(base: str, method: str, precision: str) -> Any:
     """The base with PEFT's adapter."""
     import peft
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    options = {"quantization_config": bits_and_bytes(precision)} if method == "qlora" else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, **options)
+    lora = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     if method == "lora":
-        config: Any = peft.LoraConfig(
-            r=RANKS["lora"], lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+        config: Any = peft.LoraConfig(r=RANKS["lora"], lora_alpha=32, **lora)
+    elif method == "qlora":
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        config = peft.LoraConfig(r=RANKS["qlora"], lora_alpha=16, lora_dropout=0.05, **lora)
     else:
         config = peft.VeraConfig(r=RANKS["vera"], target_modules="all-linear", task_type="CAUSAL_LM")
     return peft.get_peft_model(model, config)
 
 
-def compiled_model(base: str, method: str) -> Any:
+def bits_and_bytes(precision: str) -> Any:
+    """QLoRA's settings."""
+    import torch
+    import transformers
+
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+    )  # fmt: skip
+
+
+def compiled_model(base: str, method: str, precision: str) -> Any:
     """PEFT's model under torch.compile."""
     import torch
 
-    return torch.compile(peft_model(base, method))
+    return torch.compile(peft_model(base, method, precision))
 
 
 def frozen_model(base: str, method: str) -> Any:
@@ -100,7 +117,7 @@ class Steps:
     def __init__(self, side: str, base: str, method: str, shape: tuple[int, int], precision: str) -> None:
         import torch
 
-        self.model = MAKERS[side](base, method).train()
+        self.model = MAKERS[side](base, method, precision).train()
         for tensor in self.model.parameters():
             tensor.detach().sum()
         ids = torch.randint(3, self.model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
@@ -180,7 +197,7 @@ def measured_memory(side: str, base: str, method: str, name: str, precision: str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["small", "100m"], choices=list(BATCHES))
-    parser.add_argument("--methods", nargs="+", default=["lora", "vera"], choices=list(RANKS))
+    parser.add_argument("--methods", nargs="+", default=list(RANKS), choices=list(RANKS))
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compiled", action="store_true", help="PEFT under torch.compile as a third side")
@@ -245,6 +262,7 @@ def record(out: Path, row: dict[str, Any]) -> None:
 
 def described(rounds: int) -> dict[str, Any]:
     """How and where a row was measured."""
+    import bitsandbytes
     import peft
     import torch
     import transformers
@@ -254,7 +272,7 @@ def described(rounds: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)),
         "load": round(os.getloadavg()[0], 1),
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft)},
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft, bitsandbytes)},
     }
 
 

@@ -5,7 +5,7 @@ Five rewrites, on a copy of the graph just before it becomes Python (see `surgeo
 - equal operators on equal inputs run once (q, k and v read A x of a shared A from one product);
 - a frozen linear with a low-rank bypass, x Wᵀ + s (x Aᵀ) Bᵀ, is one operator, and all that read one x share it: x is
   kept once, A's are one matrix, and the sums are accumulated by the products (see `bypassed`); with dropout every
-  bypass has its own mask, one byte per input;
+  bypass has its own mask, one byte per input; a weight in codes is decoded in the forward and in the backward pass;
 - a linear of the model's own weights is one that keeps no input where they are frozen;
 - x / rms(x) keeps x and one number per row;
 - act(gate) · up keeps gate and up, and computes act(gate) again in the backward pass.
@@ -24,6 +24,7 @@ from torch import fx
 
 from surgeon.graph import copied, sweep, tag
 from surgeon.lean import bypassed, frozen_linear, gated_gelu, gated_silu, rms_normalised
+from surgeon.quantised import MAKERS
 
 aten = torch.ops.aten
 
@@ -85,7 +86,7 @@ class _Bypass:
 
     total: fx.Node
     base: fx.Node
-    weight: fx.Node
+    weight: fx.Node | None
     bias: fx.Node | None
     a: fx.Node
     b: fx.Node
@@ -102,7 +103,7 @@ def fuse_bypasses(graph: fx.Graph) -> None:
             by_input.setdefault(found.base.args[0], []).append(found)
     for x, group in by_input.items():
         with graph.inserting_before(group[0].base):
-            tensors = [_again(graph, n) for one in group for n in (one.weight, one.bias, one.a, one.b)]
+            tensors = [n for one in group for n in (_weight(graph, one), *_again_all(graph, one.bias, one.a, one.b))]
             scales, drops = tuple(one.scale for one in group), tuple(one.drop for one in group)
             call = graph.call_function(bypassed, (x, scales, drops, *tensors))
             results = [graph.call_function(_item, (call, i)) for i in range(len(group))]
@@ -115,6 +116,18 @@ def fuse_bypasses(graph: fx.Graph) -> None:
 
 def _item(values: tuple[torch.Tensor, ...], index: int) -> torch.Tensor:
     return values[index]
+
+
+def _weight(graph: fx.Graph, one: _Bypass) -> fx.Node | None:
+    """The weight; of a quantised linear, what makes it of its codes."""
+    if one.weight is not None:
+        return _again(graph, one.weight)
+    parts = _again_all(graph, *one.base.args[2:])
+    return graph.call_function(MAKERS[one.base.target], tuple(parts), dict(one.base.kwargs))
+
+
+def _again_all(graph: fx.Graph, *nodes: fx.Node | None) -> list[fx.Node | None]:
+    return [_again(graph, node) for node in nodes]
 
 
 def _again(graph: fx.Graph, node: fx.Node | None) -> fx.Node | None:
@@ -136,7 +149,7 @@ def _bypass(total: fx.Node) -> _Bypass | None:
     if not _is(total, aten.add.Tensor) or total.kwargs:
         return None
     base, scaled = total.args
-    if not (_only(base, aten.linear.default) and _only(scaled, aten.mul.Tensor)):
+    if not (any(_only(base, linear) for linear in (aten.linear.default, *MAKERS)) and _only(scaled, aten.mul.Tensor)):
         return None
     high, scale = scaled.args
     if not _only(high, aten.linear.default) or not isinstance(scale, (int, float)):
@@ -147,12 +160,19 @@ def _bypass(total: fx.Node) -> _Bypass | None:
     x, drop = _undropped(low.args[0])
     if x is not base.args[0]:
         return None
-    a, b, (weight, *rest) = low.args[1:], high.args[1:], base.args[1:]
-    bias = rest[0] if rest else None
-    frozen = [weight] if bias is None else [weight, bias]
+    a, b = low.args[1:], high.args[1:]
+    weight, bias = _frozen(base)
+    frozen = base.all_input_nodes[1:]
     if len(a) > 1 or len(b) > 1 or any(n.op != "get_attr" for n in frozen) or not all(map(_is_held, (*a, *b))):
         return None
     return _Bypass(total, base, weight, bias, a[0], b[0], float(scale), drop)
+
+
+def _frozen(base: fx.Node) -> tuple[Any, Any]:
+    """Weight and bias of a linear; no weight where it is in codes."""
+    if base.target in MAKERS:
+        return None, base.args[1]
+    return base.args[1], base.args[2] if len(base.args) > 2 else None
 
 
 def _undropped(x: Any) -> tuple[Any, float]:

@@ -6,7 +6,7 @@ Differentiable once; the results are those of the parts up to rounding, also und
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from torch.autograd.function import once_differentiable
 from surgeon.products import add_times, times, times_transposed
 
 aten = torch.ops.aten
+Weight = Tensor | Callable[[torch.dtype], Tensor]
 
 
-def bypassed(x: Tensor, scales: tuple[float, ...], drops: tuple[float, ...], *tensors: Tensor | None) -> Any:
+def bypassed(x: Tensor, scales: tuple[float, ...], drops: tuple[float, ...], *tensors: Weight | None) -> Any:
     """y_i = x W_iᵀ + bias_i + s_i (drop_i(x) A_iᵀ) B_iᵀ for several frozen linears with a low-rank bypass on one input.
 
     Args:
@@ -26,12 +27,13 @@ def bypassed(x: Tensor, scales: tuple[float, ...], drops: tuple[float, ...], *te
         scales: s_i.
         drops: probability of dropping an input of the bypass; every one draws its own, as dropout of its own would.
         tensors: W_i `[out_i, in]`, bias_i `[out_i]` or None, A_i `[r_i, in]`, B_i `[out_i, r_i]`, for each i in turn.
+            W_i may be what makes it in a dtype, from codes: it is made in the forward and again in the backward pass.
 
     Returns:
         A tuple of y_i `[.., out_i]`, in the autocast dtype or that of x.
     """
     weights, biases = tensors[0::4], tensors[1::4]
-    if any(t is not None and t.requires_grad for t in (*weights, *biases)):
+    if any(isinstance(t, Tensor) and t.requires_grad for t in (*weights, *biases)):
         sites = zip(scales, drops, strict=True)
         return tuple(_composed(x, s, p, *tensors[4 * i : 4 * i + 4]) for i, (s, p) in enumerate(sites))
     device = x.device.type
@@ -41,14 +43,21 @@ def bypassed(x: Tensor, scales: tuple[float, ...], drops: tuple[float, ...], *te
         return tuple(_Bypassed.apply(x, scales, drops, dtype, *tensors))
 
 
-def _composed(x: Tensor, scale: float, drop: float, weight: Any, bias: Tensor | None, a: Any, b: Any) -> Tensor:
+def _composed(x: Tensor, scale: float, drop: float, weight: Any, bias: Any, a: Any, b: Any) -> Tensor:
     linear = torch.nn.functional.linear
     low = linear(torch.nn.functional.dropout(x, drop) if drop else x, a)
-    return linear(x, weight, bias) + linear(low, b) * scale
+    return linear(x, _made(weight, x.dtype), bias) + linear(low, b) * scale
+
+
+def _made(weight: Weight, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) if isinstance(weight, Tensor) else weight(dtype)
 
 
 class _Bypassed(torch.autograd.Function):
-    """Keeps x once (in the dtype of the products), drop_i(x) A_iᵀ, which inputs were kept, and no result."""
+    """Keeps x once (in the dtype of the products), drop_i(x) A_iᵀ, which inputs were kept, and no result.
+
+    A weight in codes is held by what makes it.
+    """
 
     @staticmethod
     def forward(
@@ -61,10 +70,12 @@ class _Bypassed(torch.autograd.Function):
         results, weights = [], []
         for i, (scale, part) in enumerate(zip(scales, low.split(ranks, 1), strict=True)):
             weight, bias, _, b = tensors[4 * i : 4 * i + 4]
-            weight = weight.to(dtype)
-            y = times_transposed(rows, weight, None if bias is None else bias.to(dtype))
+            value = _made(weight, dtype)
+            y = times_transposed(rows, value, None if bias is None else bias.to(dtype))
             results.append(y.addmm_(part, b.to(dtype).t(), alpha=scale).view(*x.shape[:-1], -1))
-            weights.append(weight)
+            weights.append(value if isinstance(weight, Tensor) else None)
+            del value
+        ctx.makers = [None if isinstance(weight, Tensor) else weight for weight in tensors[0::4]]
         ctx.save_for_backward(rows, low, *weights, *tensors[2::4], *tensors[3::4], *kept)
         ctx.scales, ctx.drops, ctx.ranks, ctx.shape, ctx.dtype = scales, drops, ranks, x.shape, x.dtype
         return tuple(results)
@@ -81,8 +92,8 @@ class _Bypassed(torch.autograd.Function):
             grad_x = None
             if ctx.needs_input_grad[0]:
                 grad_x = _down_grad_x(slopes, a, kept, ctx.drops)
-                for g, weight in zip(flat, weights, strict=True):
-                    grad_x = add_times(grad_x, g, weight)
+                for g, weight, make in zip(flat, weights, ctx.makers, strict=True):
+                    grad_x = add_times(grad_x, g, weight if make is None else make(g.dtype))
                 grad_x = grad_x.to(ctx.dtype).view(ctx.shape)
             grad_a = _down_grad_a(slopes, rows, kept, ctx.drops)
             parts = zip(flat, low.split(ctx.ranks, 1), ctx.scales, strict=True)

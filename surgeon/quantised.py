@@ -9,6 +9,7 @@ not kept at all, since the codes do not train.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ _LIBRARY.define(f"nf4_linear(Tensor x, Tensor? bias, {_NF4}, *, int out, int inp
 _LIBRARY.define(f"int_weight({_INT}, *, int bits) -> Tensor")
 _LIBRARY.define(f"int_linear(Tensor x, Tensor? bias, {_INT}, *, int bits) -> Tensor")
 
+Maker = Callable[[torch.dtype], Tensor]
 HELD = "held"  # node.meta key of a linear whose weight is held in codes
 
 
@@ -61,7 +63,7 @@ def nf4_weight(
     kind: str = "nf4",
 ) -> Tensor:
     """The weight `[out, inp]` in fp32, see `surgeon.numerics`; `scale` and `offset` are of the double quantisation."""
-    return _nf4(codes, absmax, scale, offset, out, inp, kind)(torch.float32)
+    return nf4_maker(codes, absmax, scale, offset, out=out, inp=inp, kind=kind)(torch.float32)
 
 
 def nf4_linear(
@@ -77,7 +79,7 @@ def nf4_linear(
     kind: str = "nf4",
 ) -> Tensor:
     """x Wᵀ + bias with W `[out, inp]` in NF4 or FP4, rounded to the dtype of the product."""
-    return _multiplied(x, bias, _nf4(codes, absmax, scale, offset, out, inp, kind))
+    return _multiplied(x, bias, nf4_maker(codes, absmax, scale, offset, out=out, inp=inp, kind=kind))
 
 
 def int_weight(codes: Tensor, scale: Tensor, zero: Tensor, *, bits: int) -> Tensor:
@@ -87,19 +89,31 @@ def int_weight(codes: Tensor, scale: Tensor, zero: Tensor, *, bits: int) -> Tens
 
 def int_linear(x: Tensor, bias: Tensor | None, codes: Tensor, scale: Tensor, zero: Tensor, *, bits: int) -> Tensor:
     """x Wᵀ + bias with W in group-wise integers, rounded to the dtype of the product."""
-    stored = Groups(codes, scale, zero, bits)
-    return _multiplied(x, bias, lambda dtype: decode_groups(stored, dtype))
+    return _multiplied(x, bias, int_maker(codes, scale, zero, bits=bits))
 
 
-def _nf4(
-    codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, out: int, inp: int, kind: str
-) -> Callable[[torch.dtype], Tensor]:
+def nf4_maker(
+    codes: Tensor,
+    absmax: Tensor,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+    *,
+    out: int,
+    inp: int,
+    kind: str = "nf4",
+) -> Maker:
+    """What makes the weight of `nf4_linear` in a dtype, whenever it is called."""
     nested = None if scale is None or offset is None else Nested(scale, offset)
     stored = FourBit(codes, absmax, (out, inp), kind, nested)
-    return lambda dtype: decode_4bit(stored, dtype)
+    return functools.partial(decode_4bit, stored)
 
 
-def _multiplied(x: Tensor, bias: Tensor | None, weight: Callable[[torch.dtype], Tensor]) -> Tensor:
+def int_maker(codes: Tensor, scale: Tensor, zero: Tensor, *, bits: int) -> Maker:
+    """What makes the weight of `int_linear` in a dtype, whenever it is called."""
+    return functools.partial(decode_groups, Groups(codes, scale, zero, bits))
+
+
+def _multiplied(x: Tensor, bias: Tensor | None, weight: Maker) -> Tensor:
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
@@ -115,7 +129,7 @@ class _Linear(torch.autograd.Function):
     """x Wᵀ + bias, W made twice and kept never."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Callable[[torch.dtype], Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Maker) -> Tensor:
         ctx.weight = weight
         return F.linear(x, weight(x.dtype), bias)
 
@@ -134,3 +148,9 @@ WEIGHTS = {
     torch.ops.surgeon.int_linear.default: torch.ops.surgeon.int_weight.default,
 }
 """Operator of a quantised linear → the one that gives its weight, from the same arguments without x and bias."""
+
+MAKERS: dict[Any, Callable[..., Maker]] = {
+    torch.ops.surgeon.nf4_linear.default: nf4_maker,
+    torch.ops.surgeon.int_linear.default: int_maker,
+}
+"""Operator of a quantised linear → what holds its weight in codes, from the same arguments without x and bias."""

@@ -1,0 +1,252 @@
+"""What adapters over a quantised base learn, and what is left of it once they are deployed in few bits.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.quantised_learning            # resumes; `minutes` in the result
+    python -m benchmarks.quantised_learning --seeds 1 --steps 5 --rates 0.002 --out /tmp/tried.json
+
+Base: ../shared/models/pystdlib-llama, trained on Python; new domain: ../shared/data/c_headers, C header files, on which
+every run trains the same number of steps in the same order. Perplexity is of held-out C headers ("new"), and of
+held-out Python ("old") for the bases. Adapters are on all linears. Integers are in groups of 32 with float zero points.
+
+A run is a method over a grid; its rows are the ways to deploy it:
+
+    as trained   the adapter beside the codes, in floating point: more bits, and a second product per linear
+    own grid     what the codes decode to + the adapter, quantised again as the base was
+    original     the original weights + the adapter, then quantised: what most people do ("LoRA then quantise")
+    zero-points  QA-LoRA's merge: codes and scales stay, nothing is lost
+
+Every run is made at every rate with the first seed; every way counts at the rate that is best for it, and the other
+seeds run at those rates. Rows with GPTQ appear where `intq` can be calibrated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+BASE = SHARED / "models/pystdlib-llama"
+TRAIN, NEW, OLD = (SHARED / "data" / name for name in (
+    "c_headers.train.jsonl", "c_headers.heldout.jsonl", "pystdlib_long.heldout.jsonl",
+))  # fmt: skip
+RESULT = Path(__file__).parent / "results" / "quantised_learning.json"
+RANK, ALPHA, GROUP, BATCH, HELD_OUT = 16, 32.0, 32, 4, 96
+QALORA_RATE = 1 / 4
+"""QA-LoRA's adapters read sums of 32 inputs, about √32 times as large: its rates are smaller by this."""
+
+
+def calibration() -> str:
+    """The option of `intq` that calibrates, "" if there is none."""
+    from surgeon.passes.intq import IntQ
+
+    names = {field.name for field in dataclasses.fields(IntQ)}
+    return next((name for name in ("calibration", "calibrate", "gptq") if name in names), "")
+
+
+def grids() -> list[str]:
+    """Names of the grids, GPTQ's among them where it can be used."""
+    plain = ["nf4", "int4", "int3", "int2"]
+    return [*plain, *(f"{name} gptq" for name in plain[1:] if calibration())]
+
+
+def quantiser(grid: str) -> Any:
+    """The pass of a grid."""
+    from surgeon.passes import make
+
+    if grid == "nf4":
+        return make("nf4")
+    options = {calibration(): str(TRAIN)} if grid.endswith("gptq") else {}
+    return make("intq", bits=int(grid[3]), group=GROUP, **options)
+
+
+def runs() -> list[tuple[str, str]]:
+    """(method, grid of its base) of every run; "fp32" is no grid."""
+    low = [grid for grid in grids() if grid != "nf4"]
+    return [("lora", "fp32"), *(("qlora", grid) for grid in ("nf4", *low)), *(("qalora", grid) for grid in low)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all runs share."""
+
+    tokenizer: Any
+    train: Any
+    new: Any
+    old: Any
+    steps: int
+
+
+def setting(steps: int, length: int) -> Setting:
+    """The samples."""
+    from surgeon.api import tokenizer_of
+    from surgeon.render import load_data
+
+    tokenizer = tokenizer_of(BASE)
+    train, new, old = (load_data(file, tokenizer, length) for file in (TRAIN, NEW, OLD))
+    new, old = (dataclasses.replace(data, samples=data.samples[:HELD_OUT]) for data in (new, old))
+    return Setting(tokenizer, train, new, old, steps)
+
+
+def loss_of(graph: Any, data: Any, of: Setting) -> float:
+    """Nats per held-out token."""
+    from surgeon.evaluate import evaluate
+    from surgeon.model import load_model
+
+    return evaluate(load_model(graph), of.tokenizer, data).loss
+
+
+def base_rows(of: Setting) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Losses of the base, plain and in every grid."""
+    from surgeon import api, run
+
+    def measured(grid: str) -> dict[str, Any]:
+        graph = api.read(BASE)
+        graph = graph if grid == "fp32" else run.apply(graph, quantiser(grid))
+        return {"new": loss_of(graph, of.new, of), "old": loss_of(graph, of.old, of)}
+
+    for grid in ("fp32", *grids()):
+        yield f"base | {grid}", lambda grid=grid: measured(grid)
+
+
+def trained(method: str, grid: str, rate: float, seed: int, of: Setting) -> dict[str, Any]:
+    """One run: losses of all ways to deploy it, and the seconds of training."""
+    import surgeon
+    from surgeon.train import train
+
+    adapter = "qalora" if method == "qalora" else "lora"
+    model: Any = BASE if grid == "fp32" else surgeon.apply(BASE, quantiser(grid))
+    model = surgeon.apply(model, adapter, targets="all-linear", rank=RANK, alpha=ALPHA, seed=seed)
+    began = time.process_time()
+    with tempfile.TemporaryDirectory() as out:
+        train(
+            model, of.tokenizer, of.train, out=out, steps=of.steps, batch_size=BATCH, seed=seed, warmup=0.1,
+            lr=rate * (QALORA_RATE if method == "qalora" else 1), progress=False,
+        )  # fmt: skip
+    seconds = time.process_time() - began
+    ways = {way: loss_of(make(), of.new, of) for way, make in deployed(model.trained(), method, grid)}
+    return {"ways": ways, "seconds": round(seconds, 1)}
+
+
+def deployed(graph: Any, method: str, grid: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The ways to deploy a run, with what makes the graph."""
+    from surgeon import run
+    from surgeon.fold import fold
+    from surgeon.hold import holders
+    from surgeon.strip import without
+    from surgeon.zero_points import fold_zero_points
+
+    def original(target: str) -> Any:
+        return run.apply(fold(without(graph, holders(graph))), quantiser(target))
+
+    yield "as trained", lambda: graph
+    if method == "qalora":
+        yield f"zero-points {grid}", lambda: fold_zero_points(graph)
+        return
+    if grid != "fp32":
+        yield f"own grid {grid}", lambda: run.apply(fold(graph), quantiser(grid))
+    for target in grids() if grid == "fp32" else dict.fromkeys([grid, *(["int4"] if grid == "nf4" else [])]):
+        yield f"original {target}", lambda target=target: original(target)
+
+
+class Results:
+    """Rows by name, written after every one of them; those that are there are not measured again."""
+
+    def __init__(self, file: Path, told: dict[str, Any]) -> None:
+        self.file, self.told = file, told
+        known = json.loads(file.read_text()) if file.is_file() else {}
+        self.rows: dict[str, Any] = known.get("rows", {}) if known.get("options") == told else {}
+        self.minutes: float = known.get("minutes", 0.0) if self.rows else 0.0
+
+    def row(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The row, measured if it is not known."""
+        if name not in self.rows:
+            began = time.process_time()
+            self.rows[name] = measure()
+            self.minutes += (time.process_time() - began) / 60
+            command = shlex.join(["python", "-m", "benchmarks.quantised_learning", *sys.argv[1:]])
+            text = {"command": command, "options": self.told, "minutes": round(self.minutes, 2), "rows": self.rows}
+            partial = self.file.with_suffix(".partial")
+            partial.write_text(json.dumps(text, indent=1) + "\n")
+            os.replace(partial, self.file)
+            print(f"{self.minutes:6.1f} min  {name}: {json.dumps(self.rows[name])}", flush=True)
+        found: dict[str, Any] = self.rows[name]
+        return found
+
+
+def measure(results: Results, of: Setting, seeds: int, rates: list[float]) -> None:
+    """Every row that is not known."""
+    for name, make in base_rows(of):
+        results.row(name, make)
+
+    def one(method: str, grid: str, rate: float, seed: int) -> dict[str, Any]:
+        name = f"{method} | {grid} | {rate:g} | {seed}"
+        return results.row(name, lambda: trained(method, grid, rate, seed, of))
+
+    first = {run: {rate: one(*run, rate, 0)["ways"] for rate in rates} for run in runs()}
+    for seed in range(1, seeds):
+        for run, tried in first.items():
+            for rate in sorted(set(best_rates(tried).values())):
+                one(*run, rate, seed)
+
+
+def best_rates(tried: dict[float, dict[str, float]]) -> dict[str, float]:
+    """Way → the rate with the lowest loss of the first seed."""
+    ways = next(iter(tried.values()))
+    return {way: min(tried, key=lambda rate: tried[rate][way]) for way in ways}
+
+
+def table(results: Results, seeds: int, rates: list[float]) -> str:
+    """The perplexities, in Markdown."""
+    lines = ["| base | new domain | old domain |", "|---|---|---|"]
+    for name, row in results.rows.items():
+        if name.startswith("base"):
+            lines.append(f"| {name.split(' | ')[1]} | {math.exp(row['new']):.2f} | {math.exp(row['old']):.2f} |")
+    lines += ["", "| method | base | deployed | rate | perplexity, new domain | seeds |", "|" + "---|" * 6]
+    for method, grid in runs():
+        start = f"{method} | {grid}"
+        tried = {rate: results.rows[f"{start} | {rate:g} | 0"]["ways"] for rate in rates}
+        for way, rate in best_rates(tried).items():
+            names = [f"{start} | {rate:g} | {seed}" for seed in range(seeds)]
+            found = [math.exp(results.rows[name]["ways"][way]) for name in names if name in results.rows]
+            spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
+            own = rate * (QALORA_RATE if method == "qalora" else 1)
+            lines.append(f"| {start} | {way} | {own:g} | {statistics.mean(found):.2f}{spread} | {len(found)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure what is missing, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rates", nargs="+", type=float, default=[1.5e-3, 4e-3, 1e-2])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    told = {
+        "steps": options.steps,
+        "length": options.length,
+        "batch": BATCH,
+        "rank": RANK,
+        "alpha": ALPHA,
+        "group": GROUP,
+    }
+    results = Results(options.out, told)
+    measure(results, setting(options.steps, options.length), options.seeds, options.rates)
+    text = table(results, options.seeds, options.rates)
+    options.out.with_suffix(".md").write_text(f"{text}\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
