@@ -108,8 +108,32 @@ Kept = list[Tensor | None]
 
 
 def _kept(x: Tensor, drop: float) -> Tensor | None:
-    """Which inputs stay, `[n, in]`, drawn as torch's own dropout draws on a CPU; None for all."""
-    return torch.empty_like(x).bernoulli_(1 - drop).bool().reshape(-1, x.shape[-1]) if drop else None
+    """Which inputs stay, int8 `[n, in]`: all bits of those, no bit of the others; None for all."""
+    if not drop:
+        return None
+    return (drawn if x.device.type == "cpu" else _bernoulli)(x, drop).view(-1, x.shape[-1])
+
+
+def _bernoulli(x: Tensor, drop: float) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.int8, device=x.device).bernoulli_(1 - drop).neg_()
+
+
+def drawn(x: Tensor, drop: float) -> Tensor:
+    """Int8 in the shape of x, 0 with probability `drop` to within 2^-17 and else -1: four of each 64 random bits.
+
+    On a CPU torch's generator takes most of the time of a dropout, a number for every element; this is 5 × faster.
+    """
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    kept = bits.view(torch.int16)[: x.numel()].ge_(min(round(drop * 2**16), 2**16 - 1) - 2**15)
+    return kept.neg_().to(torch.int8).view(x.shape)
+
+
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _masked(x: Tensor, kept: Tensor | None) -> Tensor:
+    """x with zeros where it is dropped: on a CPU 4 × faster than a selection, 20 × than a product with booleans."""
+    return x if kept is None else (x.view(_WORDS[x.itemsize]) & kept).view(x.dtype)
 
 
 def _down(rows: Tensor, a: list[Tensor], kept: Kept, drops: tuple[float, ...]) -> Tensor:
@@ -117,7 +141,7 @@ def _down(rows: Tensor, a: list[Tensor], kept: Kept, drops: tuple[float, ...]) -
     if not any(drops):
         return rows @ torch.cat(a).t()
     sites = zip(a, kept, drops, strict=True)
-    return torch.cat([(rows if k is None else rows * k) @ (t / (1 - p)).t() for t, k, p in sites], 1)
+    return torch.cat([_masked(rows, k) @ (t / (1 - p)).t() for t, k, p in sites], 1)
 
 
 def _down_grad_x(slopes: list[Tensor], a: list[Tensor], kept: Kept, drops: tuple[float, ...]) -> Tensor:
@@ -125,17 +149,14 @@ def _down_grad_x(slopes: list[Tensor], a: list[Tensor], kept: Kept, drops: tuple
         below = slopes[0] if len(slopes) == 1 else torch.cat(slopes)
         return below.t() @ torch.cat([t.to(below.dtype) for t in a])
     parts = [s.t() @ (t.to(s.dtype) / (1 - p)) for s, t, p in zip(slopes, a, drops, strict=True)]
-    for part, k in zip(parts, kept, strict=True):
-        if k is not None:
-            part.mul_(k)
-    return functools.reduce(Tensor.add_, parts)
+    return functools.reduce(Tensor.add_, map(_masked, parts, kept))
 
 
 def _down_grad_a(slopes: list[Tensor], rows: Tensor, kept: Kept, drops: tuple[float, ...]) -> Sequence[Tensor]:
     if not any(drops):
         return (slopes[0] if len(slopes) == 1 else torch.cat(slopes)).mm(rows).split([len(s) for s in slopes])
     sites = zip(slopes, kept, drops, strict=True)
-    return [(s @ (rows if k is None else rows * k)).div_(1 - p) for s, k, p in sites]
+    return [(s @ _masked(rows, k)).div_(1 - p) for s, k, p in sites]
 
 
 def _turned(g: Tensor, b: Tensor) -> Tensor:

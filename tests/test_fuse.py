@@ -14,9 +14,13 @@ from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCau
 
 import surgeon
 from surgeon import compile as compiling
+from surgeon import lean
 from surgeon.fuse import fused
-from surgeon.lean import bypassed, frozen_linear, gated_gelu, gated_silu, rms_normalised
+from surgeon.lean import bypassed, drawn, frozen_linear, gated_gelu, gated_silu, rms_normalised
 from surgeon.model import SurgeonModel
+from surgeon.numerics import quantise_4bit
+from surgeon.quantised import nf4_maker
+from surgeon.sites import LINEAR, sites
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -69,12 +73,19 @@ def unfused(model: SurgeonModel, request: pytest.FixtureRequest, bf16: bool = Fa
 
 @pytest.mark.parametrize(
     ("family", "method", "checkpointing"),
-    [("llama", "lora", False), ("llama", "lora", True), ("llama", "vera", False), ("gemma", "lora", False)],
+    [
+        ("llama", "lora", False),
+        ("llama", "lora", True),
+        ("llama", "vera", False),
+        ("gemma", "lora", False),
+        ("llama", "qlora", False),
+        ("llama", "qlora", True),
+    ],
 )
 def test_gradients_equal_the_graph(
     bases: dict[str, Path], family: str, method: str, checkpointing: bool, request: pytest.FixtureRequest
 ) -> None:
-    model = moved(bases[family], method, rank=4)
+    model = moved(bases[family], method, rank=4, dropout=0.0)
     if checkpointing:
         model.gradient_checkpointing_enable()
     loss, grads = step(model)
@@ -120,9 +131,10 @@ def test_a_shared_projection_runs_once_per_input(bases: dict[str, Path]) -> None
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_dropout_is_in_the_operator_with_a_mask_for_every_site(
-    bases: dict[str, Path], bf16: bool, request: pytest.FixtureRequest
+    bases: dict[str, Path], bf16: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The numbers drawn are those of the graph's own dropouts, site by site."""
+    """Where the operator draws as torch does, it is the graph's own dropouts, site by site."""
+    monkeypatch.setattr(lean, "drawn", lambda x, drop: torch.empty_like(x).bernoulli_(1 - drop).neg_().to(torch.int8))
     model = moved(bases["llama"], "lora", rank=4, dropout=0.5)
     layer = next(iter(model.graph.layers.values()))
     names = [getattr(node.target, "__name__", "") for node in fused(layer).nodes]
@@ -135,6 +147,49 @@ def test_dropout_is_in_the_operator_with_a_mask_for_every_site(
     for name, grad in grads.items() if not bf16 else ():
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6)
     assert loss != pytest.approx(step(moved(bases["llama"], "lora", rank=4))[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("drop", [0.05, 0.5, 0.999999])
+def test_what_is_dropped_is_as_often_as_said_and_independent(drop: float) -> None:
+    torch.manual_seed(0)
+    kept = drawn(torch.empty(999, 1001), drop)
+    assert set(kept.unique().tolist()) <= {-1, 0}
+    gone = (kept == 0).double()
+    assert gone.mean().item() == pytest.approx(drop, abs=4 * (drop * (1 - drop) / gone.numel()) ** 0.5 + 2**-16)
+    for step in (1, 2, 3, 1001):
+        both = (gone.flatten()[step:] * gone.flatten()[:-step]).mean().item()
+        assert both == pytest.approx(drop**2, abs=5 * drop / gone.numel() ** 0.5 + 2**-15)
+
+
+def test_a_weight_in_codes_is_decoded_again_and_not_kept(bases: dict[str, Path]) -> None:
+    """What is saved for the backward pass is a share of what one decoded weight would be."""
+    kept: dict[int, torch.Size] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.shape
+        return tensor
+
+    model = surgeon.apply(bases["llama"], "qlora", rank=4).train()
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    linears = {(site.out, site.inp) for site in sites(model.graph, LINEAR)}
+    ids = torch.randint(3, 64, (2, 9))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(input_ids=ids, labels=ids).loss
+    assert not linears & {tuple(shape) for at, shape in kept.items() if at not in own}
+    loss.backward()
+
+
+def test_a_bypass_over_codes_has_the_gradients_of_the_decoded_weight() -> None:
+    w = torch.randn(4, 64)
+    stored = quantise_4bit(w, double=True)
+    assert stored.nested is not None
+    make = nf4_maker(stored.codes, stored.absmax, stored.nested.scale, stored.nested.offset, out=4, inp=64)
+    x, a, b = (torch.randn(shape, requires_grad=True) for shape in ((3, 64), (2, 64), (4, 2)))
+    found, expected = (
+        torch.autograd.grad(bypassed(x, (0.5,), (0.0,), weight, None, a, b)[0].square().sum(), (x, a, b))
+        for weight in (make, make(torch.float32))
+    )
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_evaluation_runs_the_graph_bit_for_bit(bases: dict[str, Path]) -> None:
