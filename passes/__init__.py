@@ -27,6 +27,7 @@ PASSES = {
     "intq": "surgeon.passes.intq:IntQ",
     "qalora": "surgeon.passes.qalora:QaLora",
     "kv_cache": "surgeon.passes.kv_cache:KvCache",
+    "slora": "surgeon.passes.slora:SLora",
 }
 # PEFT's name of a method → ours.
 PEFT_TYPES = {

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from surgeon.edit import Edit
     from surgeon.graph import Graph
     from surgeon.hook import Hook
-    from surgeon.normal import Base, Columns, Normal
+    from surgeon.normal import Base, Columns, Factors, Normal
     from surgeon.sites import Site
 
 # The names of site kinds, repeated here so that pass files need not import torch; surgeon.sites has their meaning.
@@ -251,6 +251,10 @@ class Adapter(PeftForm, Pass):
     def normal(self, params: Mapping[str, torch.Tensor], site: Site, base: Base) -> Normal:
         """The trained adapter at one site in normal form; `params` by the names given to `edit.param`."""
         raise UsageError(f"{self.name} has no normal form", site.path)
+
+    def shared_factors(self, params: Mapping[str, torch.Tensor], site: Site) -> Factors | None:
+        """The normal form as matrices that adapters share; None for a method whose matrices are an adapter's own."""
+        return None
 
     def columns(self, params: Mapping[str, torch.Tensor], site: Site) -> Columns:
         """The trained K/V columns at one attention."""

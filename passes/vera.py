@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from surgeon.edit import Edit
     from surgeon.graph import Graph
-    from surgeon.normal import Base, Normal
+    from surgeon.normal import Base, Factors, Normal
     from surgeon.sites import Site
 
 
@@ -93,6 +93,16 @@ class Vera(Adapter):
 
         low, high = params["A"][:, : site.inp].float(), params["B"][: site.out].float()
         return Normal(a=params["d"].float()[:, None] * low, b=params["b"].float()[:, None] * high)
+
+    def shared_factors(self, params: Mapping[str, torch.Tensor], site: Site) -> Factors:
+        """Slices of A and B, named by what they are drawn from or, where a file has others, by what is in them."""
+        import hashlib
+
+        from surgeon.normal import Factors
+
+        a, b = params["A"].float(), params["B"].float()
+        told = hashlib.sha256(a.numpy().tobytes() + b.numpy().tobytes()).hexdigest()[:16]
+        return Factors(a[:, : site.inp], b[: site.out], params["d"].float(), params["b"].float(), f"vera.{told}")
 
     def peft_config(self, sites: Sequence[Site]) -> dict[str, Any]:
         """PEFT's fields."""

@@ -168,6 +168,18 @@ class Edit:
         made = [self._labelled(wiring.add_input(self.graph.trunk, names[path]), value) for path in self.paths]
         return made[0] if self.part is self.graph.trunk else self.hand(label, dict(zip(self.paths, made, strict=True)))
 
+    def common_input(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> fx.Node:
+        """One input of the model that any layer may read, made when it is first asked for."""
+        trunk = self.graph.trunk
+        made = next(
+            (n for n, known in zip(wiring.inputs_of(trunk), self.graph.inputs, strict=True) if known == name), None
+        )
+        if made is None:
+            with self.shapes_only():
+                value = torch.empty(shape, dtype=dtype, device="meta")
+            made = self._labelled(wiring.add_input(trunk, name), value)
+        return made if self.part is trunk else self.hand(name.replace(".", "_"), dict.fromkeys(self.paths, made))
+
     def model_output(self, node: fx.Node, names: Mapping[str, str]) -> None:
         """A node of this graph as an output of the model, for every layer that shares it; names by layer path."""
         inside = self.part is not self.graph.trunk

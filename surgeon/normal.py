@@ -145,6 +145,27 @@ class Normal:
 
 
 @dataclass(frozen=True)
+class Factors:
+    """A change of a linear that is two matrices other sites and adapters share, between vectors of its own (VeRA).
+
+    b a of the normal form is diag(out) b diag(low) a.
+
+    Attributes:
+        a: `[r, in]`.
+        b: `[out, r]`.
+        low: `[r]`.
+        out: `[out]`.
+        name: of the pair: equal names are equal matrices, of which wider layers have more columns of a and rows of b.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    low: torch.Tensor
+    out: torch.Tensor
+    name: str
+
+
+@dataclass(frozen=True)
 class Columns:
     """Learned K/V columns at one attention (prefix tuning, P-Tuning v2).
 

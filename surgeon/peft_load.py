@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from surgeon import heads, peft_parts, replaced
 from surgeon.errors import SurgeonError, UnsupportedError, UsageError
@@ -21,6 +21,9 @@ from surgeon.run import apply, chosen_sites, owners
 from surgeon.sites import sites
 from surgeon.source import open_graph, open_source
 from surgeon.tasks import TASKS
+
+if TYPE_CHECKING:
+    import torch
 
 # Fields that surgeon reads, or that say how an adapter was made and not what it computes.
 _KNOWN = (
@@ -51,7 +54,7 @@ def load_adapter(folder: str | Path, base: str | Path | None = None, task: str |
     """
     folder = Path(folder)
     config, tensors = read_config(folder), read_tensors(folder / WEIGHTS)
-    method = find_peft(config)
+    find_peft(config)
     _check_fields(config, folder)
     where = base or config.get("base_model_name_or_path")
     if not where:
@@ -61,14 +64,26 @@ def load_adapter(folder: str | Path, base: str | Path | None = None, task: str |
     classes = heads.classes_in(tensors) if source.task.name in LABELLED else 0
     if classes and classes != source.config.num_labels:
         source = open_source(source.folder, source.task.name, labels=placeholders(classes))
-    graph = open_graph(source)
+    return adapt(open_graph(source), folder, config, tensors)
+
+
+def adapt(graph: Graph, folder: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> Graph:
+    """The graph of a base with the adapter of a folder, read already, applied; raises as `load_adapter` does."""
+    method = find_peft(config)
+    _check_fields(config, folder)
     step = describe(graph, cast(type[Adapter], method), config)
     if step.peft_prompt:
         step = step.saving(graph, heads.trained_in(graph, tensors))
     graph = apply(graph, step, *peft_parts.described(graph, config))
-    (owner, host), *parts = ((owner, cast(Adapter, made)) for owner, made in owners(graph.applied).items())
-    fill(graph, owner, host, tensors, folder / WEIGHTS, dict(parts))
+    fill_all(graph, folder, tensors)
     return graph
+
+
+def fill_all(graph: Graph, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """The tensors of an adapter's file into a graph that has its pass, and those of its parts, applied last."""
+    made = [(owner, step) for owner, step in owners(graph.applied).items() if isinstance(step, Adapter)]
+    (owner, host), *parts = made
+    fill(graph, owner, host, tensors, folder / WEIGHTS, dict(parts))
 
 
 def _task(config: Mapping[str, Any]) -> str | None:

@@ -114,13 +114,22 @@ def load(folder: str | Path, base: str | Path | None = None) -> Graph:
     record = manifest.read_manifest(folder)
     place = manifest.find_base(record, folder, base)
     source = open_source(place, record.task, labels=record.labels, context=record.context)
-    graph = open_graph(source, seed=record.seed)
+    return adapt(open_graph(source, seed=record.seed), record, folder)
+
+
+def adapt(graph: Graph, record: Manifest, folder: Path) -> Graph:
+    """The graph of a work folder's base, opened already, with what the folder applied; raises as `load` does."""
     steps = [_pass(step, folder) for step in record.passes]
     graph = run.apply(graph, *steps[len(graph.applied) :], seed=record.seed)
     _check_same(graph, record, folder)
+    fill(graph, record, folder)
+    return graph
+
+
+def fill(graph: Graph, record: Manifest, folder: Path) -> None:
+    """The tensors of a work folder into a graph that has its passes; raises UsageError for what does not fit."""
     for step, applied in zip(record.passes, graph.applied, strict=True):
         _read_step(graph, step, applied, folder, _parts(graph, record.passes, step))
-    return graph
 
 
 def _previous(folder: Path, overwrite: bool) -> Manifest | None:

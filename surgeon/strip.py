@@ -23,6 +23,7 @@ def without(graph: Graph, gone: set[str]) -> Graph:
     _drop_unused_inputs(result)
     result.layers = _shared_again(graph, known)
     sweep(result.trunk)
+    _drop_inputs(result.trunk, gone)
     result.tensors = {name: _freed(spec, gone) for name, spec in graph.tensors.items() if spec.owner not in gone}
     result.inserted = {name: read for name, read in graph.inserted.items() if name in result.tensors}
     kept = owners(graph.applied)
@@ -100,6 +101,14 @@ def _below(part: fx.Graph, base: fx.Node, output: fx.Node, gone: set[str]) -> fx
         if isinstance(mark, Tag) and mark.output and mark.site == base.name and mark.owner not in gone:
             current = node
     return current
+
+
+def _drop_inputs(trunk: fx.Graph, gone: set[str]) -> None:
+    """Inputs of the model that these passes added."""
+    for node in wiring.inputs_of(trunk):
+        mark = tag(node)
+        if mark is not None and mark.owner in gone and not node.users:
+            trunk.erase_node(node)
 
 
 def _drop_unused_inputs(graph: Graph) -> None:

@@ -195,7 +195,7 @@ def _embed(edit: Edit, rows: fx.Node) -> None:
     whole.replace(whole.call(aten.cat.default, [repeated, whole.y], 1), outer=True)
 
 
-def _returned(trunk: fx.Graph, embedding: fx.Node) -> fx.Node:
+def returned(trunk: fx.Graph, embedding: fx.Node) -> fx.Node:
     """What the module of an embedding returns: the embedding, or what the module itself makes of it (a scale)."""
     own = [n for n in trunk.nodes if tag(n) is None and n.op == "call_function" and path_of(n) == path_of(embedding)]
     return max(node for node in own if embedding in _above([node]))
@@ -221,7 +221,7 @@ def _lead(edit: Edit, node: fx.Node, count: int, parts: Parts) -> None:
 def embedded(graph: Graph, site: Site, ids: torch.Tensor) -> torch.Tensor:
     """What an embedding's module returns for ids `[n]`: `[n, h]` in fp32, with the module's own scale."""
     node = next(node for node in graph.trunk.nodes if node.name == site.node)
-    last, way = _returned(graph.trunk, node), _way(node)
+    last, way = returned(graph.trunk, node), _way(node)
     known: dict[fx.Node, Any] = dict.fromkeys(way[1:], ids)
     for step in sorted(_above([last], set(known)) - set(known)):
         if step.op == "get_attr":

@@ -1,0 +1,158 @@
+"""Many adapters over one batch: every token goes through its own, out of the pool (S-LoRA, Punica).
+
+    y' = s ⊙ (y + o ⊙ (scale · ((u ⊙ x) Aᵀ ⊙ l) B)) + bias      rows A: [r, in], B: [r, out]; see `surgeon.serve.packed`
+
+A token alone with its adapter meets its rows one by one: a sampled product of x with rows of A, and a weighted sum of
+rows of B, both over the pool itself, of any ranks and without a copy or padding. Tokens that share their rows and are
+many go through two small matrix products.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch.nn import functional as F
+
+from surgeon.serve.work import Low, Single, Work, work
+
+_LIBRARY = torch.library.Library("surgeon", "FRAGMENT")
+_POOLED = "Tensor pool, Tensor rows, Tensor table, Tensor scales, Tensor owners"
+_LIBRARY.define(f"pooled_bypass(Tensor y, Tensor x, Tensor? bias, {_POOLED}, *, bool each=False) -> Tensor")
+_LIBRARY.define(f"pooled_input(Tensor x, {_POOLED}, *, bool each=False) -> Tensor")
+_LIBRARY.define("pooled_rows(Tensor y, Tensor pool, Tensor index, Tensor rows) -> Tensor")
+
+with warnings.catch_warnings():  # torch says once that its sparse tensors are new
+    warnings.simplefilter("ignore", UserWarning)
+    torch.sparse_csr_tensor(
+        torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0), (1, 1)
+    )
+
+
+def view(pool: torch.Tensor, width: int) -> torch.Tensor:
+    """The pool as rows of a width."""
+    count = pool.numel() // width
+    return pool[: count * width].view(count, width)
+
+
+def samples(pool: torch.Tensor) -> bool:
+    """Whether torch has the sampled product of this dtype here."""
+    return pool.device.type == "cpu" and pool.dtype == torch.float32
+
+
+def pooled_bypass(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    pool: torch.Tensor,
+    rows: torch.Tensor,
+    table: torch.Tensor,
+    scales: torch.Tensor,
+    owners: torch.Tensor,
+    *,
+    each: bool = False,
+) -> torch.Tensor:
+    """The equation above at one linear; y `[.., out]` is the base's output with its own `bias`, x `[.., in]` its input.
+
+    y is changed in place and returned.
+    """
+    todo = work(rows, table, scales, owners, samples(pool), each)
+    if todo is None:
+        return y
+    flat, given = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+    if todo.output is not None or todo.bias is not None:
+        return _scaled(flat, given, bias, pool, todo).view_as(y)
+    _add(flat, given, pool, todo)
+    return y
+
+
+def _add(y: torch.Tensor, x: torch.Tensor, pool: torch.Tensor, todo: Work) -> None:
+    """y += o ⊙ (scale · ((x Aᵀ) ⊙ l) B)."""
+    a_rows, b_rows = view(pool, x.shape[-1]), view(pool, y.shape[-1])
+    delta = y if todo.out is None else torch.zeros_like(y)
+    if todo.single is not None:
+        delta += _sampled(x, a_rows, b_rows, pool, todo.single, todo.low)
+    for group in todo.groups:
+        low = (x[group.tokens] @ a_rows[group.a].T) * group.scale.to(x.dtype)
+        for vectors in (v for v in todo.low if v.rank == len(group.a)):
+            inside = (vectors.tokens >= group.tokens.start) & (vectors.tokens < group.tokens.stop)
+            low[vectors.tokens[inside] - group.tokens.start] *= view(pool, vectors.rank)[vectors.rows[inside]]
+        delta[group.tokens].addmm_(low, b_rows[group.b])
+    if todo.out is not None:
+        delta[todo.out.tokens] *= view(pool, y.shape[-1])[todo.out.rows]
+        y += delta
+
+
+def _sampled(
+    x: torch.Tensor,
+    a_rows: torch.Tensor,
+    b_rows: torch.Tensor,
+    pool: torch.Tensor,
+    single: Single,
+    low: tuple[Low, ...],
+) -> torch.Tensor:
+    """Every token with its own rows, `[n, out]`."""
+    pattern = torch.sparse_csr_tensor(
+        single.starts, single.a, single.scale, size=(len(x), len(a_rows)), check_invariants=False
+    )
+    values = torch.sparse.sampled_addmm(pattern, x, a_rows.T, beta=0.0).values() * single.scale
+    for vectors in low:
+        alone = vectors.places[:, 0] >= 0
+        values[vectors.places[alone]] *= view(pool, vectors.rank)[vectors.rows[alone]]
+    return F.embedding_bag(single.b, b_rows, single.starts[:-1], mode="sum", per_sample_weights=values)
+
+
+def _scaled(
+    y: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, pool: torch.Tensor, todo: Work
+) -> torch.Tensor:
+    """With s and a bias of its own for some tokens: the base's bias is taken off first, and put back last."""
+    both = [v.tokens for v in (todo.output, todo.bias) if v is not None]
+    changed = torch.cat(both).unique()
+    if bias is not None:
+        y[changed] -= bias.to(y.dtype)
+    _add(y, x, pool, todo)
+    rows = view(pool, y.shape[-1])
+    if todo.output is not None:
+        y[todo.output.tokens] *= rows[todo.output.rows].to(y.dtype)
+    last = y.new_zeros(len(y), y.shape[-1])
+    if bias is not None:
+        last[changed] = bias.to(y.dtype)
+    if todo.bias is not None:
+        last[todo.bias.tokens] = rows[todo.bias.rows].to(y.dtype)
+    return y.index_add_(0, changed, last[changed])
+
+
+def pooled_input(
+    x: torch.Tensor,
+    pool: torch.Tensor,
+    rows: torch.Tensor,
+    table: torch.Tensor,
+    scales: torch.Tensor,
+    owners: torch.Tensor,
+    *,
+    each: bool = False,
+) -> torch.Tensor:
+    """u ⊙ x for the tokens whose adapter has one; x itself where none has."""
+    todo = work(rows, table, scales, owners, samples(pool), each)
+    if todo is None or todo.input is None:
+        return x
+    made = x.clone()
+    flat = made.view(-1, x.shape[-1])
+    flat[todo.input.tokens] *= view(pool, x.shape[-1])[todo.input.rows].to(x.dtype)
+    return made
+
+
+def pooled_rows(y: torch.Tensor, pool: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Embedded tokens y `[1, n, h]`, of which those in `index` are rows of the pool."""
+    if not len(index):
+        return y
+    return y.index_copy(1, index, view(pool, y.shape[-1])[rows][None].to(y.dtype))
+
+
+def _same(y: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    return torch.empty_like(y)
+
+
+for _name in ("pooled_bypass", "pooled_input", "pooled_rows"):
+    _LIBRARY.impl(_name, globals()[_name], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"surgeon::{_name}", _same, lib=_LIBRARY)
