@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.errors import CheckFailed, UsageError
-from surgeon.kernels.jit import Call, Constant, Kernel, _triton
+from surgeon.kernels.jit import Call, Constant, Kernel, _triton, options
 
 MINIMUM_INNER = 16
 """Inner dimension of the smallest tile product that every target compiles."""
@@ -49,9 +49,9 @@ class Target:
         """Suffix of its assembler text; PTX of sm_80 runs on every later NVIDIA GPU, through the driver's compiler."""
         return "ptx" if self.backend == "cuda" else "amdgcn"
 
-    def warps(self, of_32: int) -> int:
-        """As many threads in warps of this target."""
-        return max(1, of_32 * 32 // self.warp)
+    def options(self, variant: Variant) -> dict[str, int]:
+        """Triton's options, `num_warps` among them, for a variant."""
+        return options(variant.warps, variant.stages, self.warp, amd=self.backend == "hip")
 
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -147,7 +147,7 @@ class Binary:
     @property
     def warps(self) -> int:
         """Of the target, per program."""
-        return self.target.warps(self.variant.warps)
+        return self.target.options(self.variant)["num_warps"]
 
     def record(self) -> dict[str, Any]:
         """What a manifest says of it, in JSON's types; its files are written beside."""
@@ -171,8 +171,8 @@ def build(variant: Variant, where: Target, *, check: bool = True) -> Binary:
     triton = _triton()
     from triton.backends.compiler import GPUTarget
 
-    options = {"num_warps": where.warps(variant.warps), "num_stages": variant.stages}
-    made = triton.compile(_source(variant), target=GPUTarget(where.backend, where.arch, where.warp), options=options)
+    gpu = GPUTarget(where.backend, where.arch, where.warp)
+    made = triton.compile(_source(variant), target=gpu, options=where.options(variant))
     code, text = made.asm[where.binary], made.asm[where.text]
     registers, spilled = (_nvidia if where.backend == "cuda" else _amd)(code, text)
     trailing = _parameters(text, where) - len(variant.kernel.arguments)

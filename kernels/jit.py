@@ -118,7 +118,7 @@ class Call:
         kernel: what runs.
         arguments: in the order of the kernel.
         constants: what it is compiled for.
-        warps: per program, of 32 threads; where warps have 64, half as many.
+        warps: per program, of 32 threads; see `options` for AMD.
         stages: how deep its loops are pipelined.
     """
 
@@ -188,8 +188,16 @@ def run(call: Call) -> None:
         return
     with torch.cuda.device(device):
         width = torch.cuda.get_device_properties(device).warp_size
-        options = {"num_warps": max(1, call.warps * 32 // width), "num_stages": call.stages}
-        call.kernel.compiled[call.grid](**call.arguments, **call.constants, **options)
+        chosen = options(call.warps, call.stages, width, amd=torch.version.hip is not None)
+        call.kernel.compiled[call.grid](**call.arguments, **call.constants, **chosen)
+
+
+def options(warps: int, stages: int, width: int, *, amd: bool) -> dict[str, int]:
+    """Triton's options: as many threads in warps of this width, and one stage fewer on AMD.
+
+    There a load that is under way waits in registers, not in shared memory, and the stage is what spills.
+    """
+    return {"num_warps": max(1, warps * 32 // width), "num_stages": max(1, stages - amd)}
 
 
 def interpret(call: Call) -> None:

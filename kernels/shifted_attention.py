@@ -10,7 +10,7 @@ Tiles: a program owns BM queries of one segment and walks over the keys of that 
 none has to be compared (`surgeon.kernels.shifted_tiles`). The work is t · G / 2 products for each head instead of
 t² / 2. The softmax is the running one of FlashAttention (Dao et al. 2022). The last tile of a segment has the most keys
 to see and goes first. BM = 128 and BN = 64 at 8 warps keep the fp32 accumulator of 128 columns in 64 registers per
-thread; the look-up of padding takes what was left of them on sm_80, and BN = 32 gives it back. A segment shorter than a
+thread; the look-up of padding takes what was left of them on sm_80, and BM = 64 gives it back. A segment shorter than a
 tile takes a smaller one.
 
 Replaces: `surgeon.segments` over SDPA, which copies q, k and v into segments and, for left padding or `WRAP`, gathers
@@ -113,7 +113,7 @@ def can_use(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> str:
     """Why the kernel does not attend, "" if it does."""
     if q.shape[2] != k.shape[2]:
         return "keys that are no queries (a prefix or a cache)"
-    if q.shape[3] != v.shape[3] or q.shape[3] > 256:
+    if q.shape[3] != v.shape[3] or q.shape[3] > 128:  # the two accumulators of the backward pass would spill
         return f"heads of {q.shape[3]} and {v.shape[3]} values"
     if {q.dtype, k.dtype, v.dtype} not in ({dtype} for dtype in DTYPES):
         return f"q, k, v in {q.dtype}, {k.dtype}, {v.dtype}"
@@ -165,10 +165,8 @@ def launch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pattern: Patter
 
 def tiles(size: int, masked: bool) -> tuple[tuple[int, int], dict[str, int]]:
     """BM and BN, warps and stages, by what compiles without a spill on every target."""
-    if size > 128:
-        return (64, 32), {"warps": 8, "stages": 2}
     if size > 64 and masked:
-        return (128, 32), {"warps": 8, "stages": 3}
+        return (64, 64), {"warps": 8, "stages": 2}
     return (128, 64), {"warps": 8, "stages": 2}
 
 

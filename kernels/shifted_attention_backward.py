@@ -154,19 +154,25 @@ def launch(
     dq = torch.empty_like(q) if mask is None else torch.zeros_like(q)
     delta = torch.empty_like(lse)
     shared |= {"q": q, "k": k, "v": v, "do": grad, "lse": lse, "delta": delta} | strides(q=q, k=k, v=v, do=grad)
-    rows, columns = (tile(pattern.group, size) for size in TILES)
-    blocks = {"BM": rows, "BN": columns}
+    owned, walked, queries = (tile(pattern.group, most) for most in tiles(shared["BD"]))
+    blocks = {"BM": owned, "BN": walked}
     shifted_attention_queries.launch(**shared, **blocks, **strides(o=out, dq=dq), o=out, dq=dq, **OPTIONS)
     parts = 2 if heads % 2 and q.shape[1] > 1 else 1
     make = torch.empty if mask is None and parts == 1 else torch.zeros
     dk, dv = (make(parts, *k.shape, dtype=k.dtype if parts == 1 else torch.float32, device=k.device) for _ in "kv")
-    blocks |= {"BM": columns, "BN": rows, "PARTS": parts, "dk_p": dk.stride(0)}
+    blocks |= {"BM": queries, "BN": owned, "PARTS": parts, "dk_p": dk.stride(0)}
     shifted_attention_keys.launch(**shared, **blocks, **strides(dk=dk[0]), dk=dk, dv=dv, **OPTIONS)
     return dq, dk.sum(0, dtype=k.dtype) if parts > 1 else dk[0], dv.sum(0, dtype=v.dtype) if parts > 1 else dv[0]
 
 
-TILES = (64, 32)
-"""Of what a program owns, and of what it walks over: two accumulators leave room for no more without a spill."""
+def tiles(size: int) -> tuple[int, int, int]:
+    """What a program owns, the keys that dQ walks over, and the queries that dK and dV walk over.
+
+    Two accumulators of 128 columns leave room for tiles of 16 queries without a spill on sm_100.
+    """
+    return 64, 32, 16 if size > 64 else 32
+
+
 OPTIONS = {"warps": 8, "stages": 2}
 
 
@@ -213,8 +219,9 @@ shifted_attention_op.register_autograd(_backward, setup_context=_keep)
 def _variants(dtype: str, size: int, masked: bool) -> tuple[Variant, Variant]:
     kind = f"*{dtype}"
     padding = "*u8 *i32" if masked else f"{kind} {kind}"
-    queries = {"BM": TILES[0], "BN": TILES[1], "MASKED": masked}
-    keys = {"BM": TILES[1], "BN": TILES[0], "MASKED": masked, "PARTS": 1}
+    owned, walked, along = tiles(size)
+    queries = {"BM": owned, "BN": walked, "MASKED": masked}
+    keys = {"BM": along, "BN": owned, "MASKED": masked, "PARTS": 1}
     pointers = " ".join([kind] * 6 + ["*fp32", "*fp32", padding])
     return (
         variant(shifted_attention_queries, pointers, dtype, size, queries, **OPTIONS),
