@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--rslora", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--update", default="nested", choices=["nested", "frozen"])
-    parser.add_argument("--distribution", default="uniform", choices=["uniform", "geometric"])
+    parser.add_argument("--distribution", default="uniform", help="as in `surgeon passes dylora`")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     began = time.process_time()

@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 UNIFORM, GEOMETRIC = "uniform", "geometric"
 FROZEN, NESTED = "frozen", "nested"
 ACTIVE = "active"
-# Of the geometric distribution: P(b) ∝ p (1 − p)^(b − 1).
-SUCCESS = 0.2
+SUCCESS = 0.2  # p of "geometric" without a number
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,8 @@ class DyLora(Lora):
         alpha: the numerator of the scale alpha / b.
         dropout: on the adapter's input, while training.
         rslora: scale alpha / √b instead.
-        distribution: of b. "uniform" over 1 … rank, as in the reference code; "geometric", which favours low ranks.
+        distribution: of b. "uniform" over 1 … rank, as in the reference code; "geometric" or "geometric:p", which
+            favours low ranks: P(b) ∝ p (1 − p)^(b − 1), p = 0.2 where none is given.
         update: what a step at rank b changes. "nested": rows 1 … b; "frozen": row b alone, as in the reference code.
             All other rows keep their bits: their optimiser state rests too (in the reference code AdamW's weight decay
             and momentum go on moving them).
@@ -62,8 +62,11 @@ class DyLora(Lora):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option, allowed in (("distribution", (UNIFORM, GEOMETRIC)), ("update", (NESTED, FROZEN))):
-            given = getattr(self, option)
+        kind = GEOMETRIC if _success(self.distribution) else self.distribution
+        for option, given, allowed in (
+            ("distribution", kind, (UNIFORM, GEOMETRIC)),
+            ("update", self.update, (NESTED, FROZEN)),
+        ):
             if given not in allowed:
                 raise UsageError(f"dylora: {option} is '{given}'", f"--{option}", f"use {nearest(given, allowed)}")
         if self.ranks:
@@ -125,15 +128,28 @@ class DyLora(Lora):
         return [DrawRank(self, owner, seed)]
 
 
+def _success(distribution: str) -> float:
+    """p of "geometric" or "geometric:p", 0 of anything else."""
+    kind, _, given = distribution.partition(":")
+    if kind != GEOMETRIC:
+        return 0.0
+    try:
+        success = float(given) if given else SUCCESS
+    except ValueError:
+        return 0.0
+    return success if 0 < success < 1 else 0.0
+
+
 def drawn(step: int, seed: int, highest: int, distribution: str) -> int:
     """The rank of one optimiser step: it depends on seed and step alone, so on every process it is the same."""
     uniform = random.Random(f"dylora/{seed}/{step}").random()
-    if distribution == UNIFORM:
+    success = _success(distribution)
+    if not success:
         return 1 + int(uniform * highest)
-    total = 1 - (1 - SUCCESS) ** highest
+    total = 1 - (1 - success) ** highest
     below = 0.0
     for rank in range(1, highest + 1):
-        below += SUCCESS * (1 - SUCCESS) ** (rank - 1) / total
+        below += success * (1 - success) ** (rank - 1) / total
         if uniform < below:
             return rank
     return highest

@@ -55,6 +55,8 @@ def test_the_draw_depends_on_seed_and_step_alone_and_has_its_distribution() -> N
     geometric = collections.Counter(drawn(step, 7, 8, "geometric") for step in range(8000))
     weights = np.array([0.2 * 0.8 ** (b - 1) for b in range(1, 9)])
     assert np.allclose([geometric[b] / 8000 for b in range(1, 9)], weights / weights.sum(), atol=0.02)
+    mild = collections.Counter(drawn(step, 7, 8, "geometric:0.05") for step in range(8000))
+    assert np.allclose([mild[b] / 8000 for b in (1, 8)], (0.05 * 0.95 ** np.array([0, 7])) / (1 - 0.95**8), atol=0.02)
     assert [drawn(step, 7, 8, "uniform") for step in range(50)] != [drawn(step, 8, 8, "uniform") for step in range(50)]
 
 
@@ -127,6 +129,7 @@ def test_a_run_draws_resumes_and_ends_with_every_rank(shared: Path, tmp_path: Pa
     [
         ({"update": "froze"}, "update is 'froze'"),
         ({"distribution": "normal"}, "distribution is 'normal'"),
+        ({"distribution": "geometric:1.5"}, "distribution is 'geometric:1.5'"),
         ({"ranks": (("*.q_proj", 2),)}, "one rank for all layers"),
         ({"rank": 0}, "rank is 0"),
     ],
