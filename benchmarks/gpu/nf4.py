@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from benchmarks.gpu.case import Case, Run, bytes_of, installed
 from surgeon.kernels import nf4
-from surgeon.numerics import FourBit, Nested, dequantise_4bit, quantise_4bit
+from surgeon.numerics import BOOKS, FourBit, Nested, dequantise_4bit, quantise_4bit
 
 SHAPES = {True: [(40, 192)], False: [(4096, 4096), (14336, 4096)]}
 
@@ -17,14 +19,23 @@ def on(stored: FourBit, device: torch.device) -> FourBit:
     return FourBit(stored.codes.to(device), stored.absmax.to(device), stored.shape, stored.kind, nested, stored.block)
 
 
-def bitsandbytes(stored: FourBit, dtype: torch.dtype) -> dict[str, Run]:
-    """Its function for the same weight, not quantised twice."""
+def quantised_state(stored: FourBit, dtype: torch.dtype) -> Any:
+    """bitsandbytes' description of a weight that is not quantised twice; None where it cannot run."""
     if stored.nested is not None or stored.codes.device.type == "cpu" or not installed("bitsandbytes"):
-        return {}
-    from bitsandbytes.functional import QuantState, dequantize_4bit
+        return None
+    from bitsandbytes.functional import QuantState
 
-    book = torch.tensor(nf4.BOOKS[stored.kind], device=stored.codes.device)
-    state = QuantState(stored.absmax, torch.Size(stored.shape), book, stored.block, stored.kind, dtype)
+    book = torch.tensor(BOOKS[stored.kind], device=stored.codes.device)
+    return QuantState(stored.absmax, torch.Size(stored.shape), book, stored.block, stored.kind, dtype)
+
+
+def bitsandbytes(stored: FourBit, dtype: torch.dtype) -> dict[str, Run]:
+    """Its function for the same weight."""
+    state = quantised_state(stored, dtype)
+    if state is None:
+        return {}
+    from bitsandbytes.functional import dequantize_4bit
+
     packed = stored.codes[:, None]
     return {"bitsandbytes": lambda: dequantize_4bit(packed, state)}
 
