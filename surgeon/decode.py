@@ -25,7 +25,7 @@ def decode_4bit(stored: FourBit, dtype: torch.dtype = torch.float32) -> torch.Te
     """What `surgeon.numerics.dequantise_4bit` gives."""
     if stored.codes.device.type != "cpu" or is_traced(stored.codes):
         return dequantise_4bit(stored, dtype)
-    return scaled_by_block(_looked_up(_pairs(stored.kind), stored.codes), stored).to(dtype)
+    return scaled_by_block(_looked_up(byte_values(stored.kind), stored.codes), stored).to(dtype)
 
 
 def decode_groups(stored: Groups, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -45,7 +45,7 @@ def _looked_up(table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _pairs(kind: str) -> torch.Tensor:
+def byte_values(kind: str) -> torch.Tensor:
     """The two values of each byte of 4-bit codes, the high nibble first."""
     book = torch.tensor(BOOKS[kind], dtype=torch.float32)
     return torch.stack([book.repeat_interleave(16), book.repeat(16)], -1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from surgeon import fold, run
 from surgeon.graph import Graph
 from surgeon.passes.base import Adapter
@@ -10,11 +12,14 @@ from surgeon.sites import EMBEDDING
 from surgeon.strip import without
 
 
-def finalise(graph: Graph) -> Graph:
-    """The graph with what folds folded in, and the rest as constant columns and rows; tensors of the base are kept."""
+def finalise(graph: Graph, merge: Callable[[Graph], Graph] = fold.fold) -> Graph:
+    """The graph with what folds folded in, and the rest as constant columns and rows; tensors of the base are kept.
+
+    `merge` is how adapters fold, if there are any: into the weights, unless it is something else.
+    """
     training = {owner for owner, step in run.owners(graph.applied).items() if step.training_only}
     graph = without(graph, training) if training else graph
-    folded = fold.fold(graph) if fold.folds(graph) else graph
+    folded = merge(graph) if fold.folds(graph) else graph
     left = fold.rest(folded)
     names = {item.owner for item in left}
     steps = {owner: step for owner, step in run.owners(folded.applied).items() if owner in names}

@@ -25,13 +25,16 @@ from surgeon.finalise import finalise
 from surgeon.graph import Graph
 from surgeon.lower import onnx_once
 from surgeon.lower.onnx_check import Replay, replay
+from surgeon.lower.onnx_codes import with_codes
 from surgeon.lower.onnx_join import OPSET
 from surgeon.lower.onnx_model import build
 from surgeon.lower.virtual_columns import as_columns
 from surgeon.passes import make
 from surgeon.passes.base import Adapter
+from surgeon.passes.quantiser import Quantiser
 from surgeon.verification import make_probes
 
+FOUR_BIT = ("standard", "bnb4")
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 MODEL, DATA, MANIFEST = "model.onnx", "model.onnx_data", "surgeon.json"
 
@@ -79,6 +82,8 @@ def export_onnx(
     out: str | Path,
     *,
     precision: str = "fp32",
+    codes: bool = True,
+    four_bit: str = "standard",
     tokenizer: Any = None,
     overwrite: bool = False,
     verify: bool = True,
@@ -87,12 +92,16 @@ def export_onnx(
 
     Adapters are folded into the weights first. Virtual tokens become constants: before the past at every attention of a
     language model, where they were trained in a model that is run once. Inputs, outputs, masks and positions are those
-    of the text alone.
+    of the text alone. Weights that are held in codes stay so (see `surgeon.lower.onnx_codes`); adapters that would
+    change more than their zero points stay beside them.
 
     Args:
         graph: a causal language model, a classifier or an encoder, with values.
         out: the new folder.
         precision: "fp32" or "fp16", of weights, cache and arithmetic; norms and softmax stay fp32.
+        codes: keep codes; without, they are decoded, and the adapters folded in.
+        four_bit: NF4 and FP4 as "standard" operators, decoded when the model is loaded, or as "bnb4", MatMulBnb4, which
+            stays in 4 bits: for GPUs, on a CPU it is slow.
         tokenizer: is written beside the model and makes the probes.
         overwrite: replace an existing folder.
         verify: replay the probes in ONNX Runtime, within fp32 1e-4, fp16 2e-2 of the largest logit.
@@ -105,11 +114,13 @@ def export_onnx(
     began = time.perf_counter()
     if precision not in PRECISIONS:
         raise UsageError(f"no precision {precision}", "--precision", f"did you mean {nearest(precision, PRECISIONS)}?")
+    if four_bit not in FOUR_BIT:
+        raise UsageError(f"no 4-bit form {four_bit}", "four_bit", f"one of {', '.join(FOUR_BIT)}")
     check_target(Path(out), overwrite)
-    plain = exportable(graph)
+    plain = exportable(graph, codes)
     dtype = PRECISIONS[precision]
     once = graph.task in onnx_once.TASKS
-    model = build(onnx_once.numbered(plain) if once else run.apply(plain, make("kv_cache")), dtype)
+    model = build(onnx_once.numbered(plain) if once else run.apply(plain, make("kv_cache")), dtype, four_bit)
     with atomic_folder(out, overwrite=overwrite) as folder:
         ir.save(model, folder / MODEL, external_data=DATA)
         del model
@@ -129,8 +140,10 @@ def export_onnx(
     )  # fmt: skip
 
 
-def exportable(graph: Graph) -> Graph:
+def exportable(graph: Graph, codes: bool = True) -> Graph:
     """The graph with its adapters folded in; a prompt of a language model is keys and values at its attentions.
+
+    With `codes` weights stay in codes (see `surgeon.lower.onnx_codes.with_codes`).
 
     Raises:
         UnsupportedError: it is an encoder with a decoder, or something stays that has no place in the export.
@@ -142,9 +155,9 @@ def exportable(graph: Graph) -> Graph:
             graph.source,
             "--target hf writes a merged checkpoint of any model",
         )
-    plain = finalise(graph)
+    plain = with_codes(graph) if codes else finalise(graph)
     plain = as_columns(plain) if graph.task == "causal-lm" else plain
-    left = ", ".join(step.name for step in plain.applied if not isinstance(step, Adapter))
+    left = ", ".join(step.name for step in plain.applied if not isinstance(step, (Adapter, Quantiser)))
     if left:
         raise UnsupportedError(f"the ONNX export has no place for {left}", graph.source, "export without it")
     return plain

@@ -86,9 +86,8 @@ def finish(
         made.add(str(wanted.name))
         final.append(value)
     used = [value for value in joined.tensors.values() if value.uses()]
-    graph = ir.Graph(
-        list(inputs), final, nodes=joined.nodes, initializers=used, opset_imports={"": OPSET}, name="model"
-    )
+    imports = {"": OPSET, **{node.domain: 1 for node in joined.nodes if node.domain}}
+    graph = ir.Graph(list(inputs), final, nodes=joined.nodes, initializers=used, opset_imports=imports, name="model")
     model = ir.Model(graph, ir_version=10, producer_name="surgeon")
     _strip(model)
     return model

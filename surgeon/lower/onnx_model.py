@@ -11,6 +11,7 @@ from torch import fx
 
 from surgeon.errors import UnsupportedError
 from surgeon.graph import Graph, val
+from surgeon.lower.onnx_codes import prepared
 from surgeon.lower.onnx_join import OPSET, Joined, Shape, finish, typed
 from surgeon.lower.onnx_parts import META, SIZES, Part, Shapes, input_name, lower_part, lowered, segments, turnable
 from surgeon.module import read_tensor
@@ -19,20 +20,23 @@ BATCH, NEW, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length
 CHOICES, LONGER = "choices", "output_length"
 
 
-def build(graph: Graph, dtype: torch.dtype) -> ir.Model:
+def build(graph: Graph, dtype: torch.dtype, four_bit: str = "standard") -> ir.Model:
     """The ONNX model of a graph: a causal language model with K/V cache, or a model that is run once.
 
     Args:
         graph: a graph with values, without adapters.
         dtype: fp32 or fp16, of the weights and the arithmetic; what the graph does in fp32 stays so.
+        four_bit: see `surgeon.lower.onnx.export_onnx`.
 
     Raises:
         UnsupportedError: a part of the graph has no ONNX form.
     """
+    graph = prepared(graph)
     turned = turnable(graph)
-    trunk = lowered(graph.trunk, [""], turned, graph, dtype)
+    trunk = lowered(graph.trunk, [""], turned, graph, dtype, four_bit)
     layers = {
-        id(part): lowered(part, [f"{path}." for path in paths], turned, graph, dtype) for part, paths in graph.groups()
+        id(part): lowered(part, [f"{path}." for path in paths], turned, graph, dtype, four_bit)
+        for part, paths in graph.groups()
     }
     runs = tuple(_run(graph, trunk, layers, turned, dtype, sizes) for sizes in SIZES)
     models = {}

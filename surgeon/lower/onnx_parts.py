@@ -21,6 +21,7 @@ from torch import fx
 from surgeon.compile import without_dropout
 from surgeon.errors import UnsupportedError
 from surgeon.graph import INPUT, MODEL_DEVICE, MODEL_DTYPE, Graph, copied, sweep
+from surgeon.lower import onnx_codes
 from surgeon.lower.onnx_standard import linear, standardise
 
 aten = torch.ops.aten
@@ -79,12 +80,16 @@ def turnable(graph: Graph) -> set[str]:
     return {name for name in alone if len(graph.tensors[name].shape) == 2}
 
 
-def lowered(part: fx.Graph, prefixes: list[str], turned: set[str], graph: Graph, dtype: torch.dtype) -> Part:
+def lowered(
+    part: fx.Graph, prefixes: list[str], turned: set[str], graph: Graph, dtype: torch.dtype, four_bit: str
+) -> Part:
     """A copy of a graph in standard operators with its tensors as inputs.
 
-    Linears whose weight can be turned in every layer that shares the graph read it as `[in, out]`.
+    Linears whose weight can be turned in every layer that shares the graph read it as `[in, out]`; those in codes are
+    what `surgeon.lower.onnx_codes` makes of them.
     """
     fresh, _ = copied(without_dropout(part))
+    onnx_codes.place(fresh, prefixes[0], graph, four_bit)
     last = [node for node in fresh.nodes if node.op == "placeholder"][-1]
     constants: dict[fx.Node, Any] = {}
     tensors: dict[str, fx.Node] = {}
