@@ -228,7 +228,7 @@ def main() -> None:
     """Measure what is missing, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rates", nargs="+", type=float, default=[1.5e-3, 4e-3, 1e-2])
+    parser.add_argument("--rates", nargs="+", type=float, default=[4e-3, 8e-3, 1.3e-2])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--out", type=Path, default=RESULT)

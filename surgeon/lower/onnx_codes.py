@@ -123,7 +123,7 @@ def by_integers(
     out, groups, width = codes.shape
     group = width * 8 // bits
     given = [x, codes, scale, *([] if points is None else [points])]
-    options = {"K": groups * group, "N": out, "bits": bits, "block_size": group, "accuracy_level": 0}
+    options = {"K": groups * group, "N": out, "bits": bits, "block_size": group, "accuracy_level": 1}
     result = _symbolic("MatMulNBits", given, options, out)
     if shift is not None:
         result = result + x.unflatten(-1, (groups, group)).sum(-1) @ shift
