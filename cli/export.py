@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgeon.cli import output
+from surgeon.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,8 +19,14 @@ if TYPE_CHECKING:
 def command(
     folder: Annotated[Path, typer.Argument(help="Work folder, PEFT adapter folder or checkpoint.")] = Path("work"),
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; default: the target.")] = None,
-    target: Annotated[str, typer.Option(help="onnx, or hf (the same as surgeon merge).")] = "onnx",
-    precision: Annotated[str, typer.Option(help="Of the ONNX model: fp32 or fp16.")] = "fp32",
+    target: Annotated[str, typer.Option(help="onnx, triton, or hf (the same as surgeon merge).")] = "onnx",
+    precision: Annotated[
+        str, typer.Option(help="onnx: fp32 or fp16; triton: bf16 too. Default: onnx fp32, triton the base's own.")
+    ] = "",
+    arch: Annotated[str, typer.Option(help="triton: GPU architectures; sm_80's PTX always comes along.")] = "",
+    keep_adapter: Annotated[
+        bool | None, typer.Option(help="triton: leave the adapter beside the base. Default: over a base in codes.")
+    ] = None,
     base: Annotated[Path | None, typer.Option(help="The base, if it moved since the adapter was made.")] = None,
     verify: Annotated[bool, typer.Option(help="Replay probes before the folder is put in place.")] = True,
     rank: Annotated[int | None, typer.Option(help="Of an adapter that has every rank (dylora).")] = None,
@@ -29,22 +36,34 @@ def command(
     """Fold the adapters in, lower the model to a target, and run the result against torch before it gets its name.
 
     For onnx: one model.onnx with K/V cache for prefill and decode, replayed in ONNX Runtime for 20 greedy tokens, alone
-    and in a left-padded batch. Exits with 1 and leaves nothing behind if it computes something else.
+    and in a left-padded batch. For triton: binaries for the named architectures, weights and a program (surgeon run),
+    replayed here without a GPU. Exits with 1 and leaves nothing behind if it computes something else.
 
     Examples:
         surgeon export work/ --target onnx -o onnx/
         surgeon export model/ --target onnx --precision fp16 --json
         surgeon export lora-adapter/ --target hf -o merged/
+        surgeon export work/ --target triton --arch sm_80,sm_90 --precision bf16
     """
     from surgeon import lower
 
     where = out or Path(target)
     options: dict[str, Any] = {"base": base, "rank": rank, "overwrite": overwrite, "verify": verify}
-    if target == "onnx":
-        options["precision"] = precision
+    if target == "triton":
+        options |= {"precision": precision, "keep_adapter": keep_adapter}
+        options |= {"arch": arch.split(",")} if arch else {}
+    elif target == "onnx":
+        options["precision"] = precision or "fp32"
+    for name, given in (("--arch", arch), ("--keep-adapter", keep_adapter is not None)):
+        if given and target != "triton":
+            raise UsageError(f"{name} is for --target triton", f"--target {target}", "leave it out")
     report = lower.export(folder, where, target=target, **options)
     if target == "onnx":
         output.emit(summary(report), json, view(report))
+    elif target == "triton":
+        from surgeon.lower.triton import summary as built
+
+        output.emit(built(report), json)
     else:
         from surgeon.cli.merge import summary as merged
 

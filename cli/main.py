@@ -30,6 +30,7 @@ COMMANDS: dict[str, str] = {
     "chat": "surgeon.cli.chat",
     "merge": "surgeon.cli.merge",
     "export": "surgeon.cli.export",
+    "run": "surgeon.cli.run",
     "convert": "surgeon.cli.convert",
     "verify": "surgeon.cli.verify",
     "show": "surgeon.cli.show",

@@ -222,7 +222,9 @@ def launcher(replacement: Launcher) -> Iterator[None]:
 
 
 def missing() -> str:
-    """Why no kernel can be built here, "" if they can."""
+    """Why no kernel can be built here, "" if they can, or if launches go elsewhere."""
+    if _launchers:
+        return ""
     try:
         _triton()
     except UnsupportedError as error:

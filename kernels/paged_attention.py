@@ -155,7 +155,7 @@ def can_use(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, tile:
     return jit.missing()
 
 
-@torch.library.custom_op("surgeon::paged_attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("surgeon::attend_pages", mutates_args=(), device_types="cpu")
 def paged_attention(
     q: torch.Tensor,
     k_pages: torch.Tensor,

@@ -48,16 +48,16 @@ def padded(prefix: int, page: int) -> int:
     return -(-prefix // page) * page
 
 
-@torch.library.custom_op("surgeon::write_pages", mutates_args=("k_pages", "v_pages"))
-def write_pages(
-    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slots: torch.Tensor
-) -> None:
+def put(k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slots: torch.Tensor) -> None:
     """Put keys `[n, h_kv, d]` and values `[n, h_kv, d_v]` into their slots `[n]` int64, no two of them the same.
 
     Rows that stand for nothing (padding) go to a page that no request owns.
     """
     k_pages.view(-1, *k.shape[1:]).index_copy_(0, slots, k.to(k_pages.dtype))
     v_pages.view(-1, *v.shape[1:]).index_copy_(0, slots, v.to(v_pages.dtype))
+
+
+write_pages = torch.library.custom_op("surgeon::write_pages", put, mutates_args=("k_pages", "v_pages"))
 
 
 @write_pages.register_fake

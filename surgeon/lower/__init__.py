@@ -11,7 +11,7 @@ from surgeon.errors import UnsupportedError, UsageError, nearest
 if TYPE_CHECKING:
     from surgeon.model import SurgeonModel
 
-TARGETS = {"hf": "surgeon.lower.to_hf", "onnx": "surgeon.lower.to_onnx"}
+TARGETS = {"hf": "surgeon.lower.to_hf", "onnx": "surgeon.lower.to_onnx", "triton": "surgeon.lower.to_triton"}
 """Target → module with `export(work, out, **options)`, imported when it is asked for."""
 
 
@@ -34,7 +34,7 @@ def export(work: str | Path | SurgeonModel, out: str | Path, *, target: str = "o
         module = importlib.import_module(TARGETS[target])
     except ModuleNotFoundError as error:
         name = str(error.name).partition(".")[0]
-        if name not in ("onnx", "onnx_ir", "onnxruntime", "onnxscript"):
+        if name not in ("onnx", "onnx_ir", "onnxruntime", "onnxscript", "triton"):
             raise
         raise UnsupportedError(
             f"--target {target} needs the package {name}", "not installed", f"pip install model-surgeon[{target}]"

@@ -153,9 +153,9 @@ def test_one_node_of_an_exported_graph() -> None:
 
     class Module(torch.nn.Module):
         def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return torch.ops.surgeon.paged_attention(q, k, v, batch.blocks, None, segments, scale=1.0)
+            return torch.ops.surgeon.attend_pages(q, k, v, batch.blocks, None, segments, scale=1.0)
 
     given = (batch.q, batch.k_pages, batch.v_pages)
     program = torch.export.export(Module(), given).run_decompositions({})
-    assert "surgeon.paged_attention" in str(program.graph)
+    assert "surgeon.attend_pages" in str(program.graph)
     assert torch.equal(program.module()(*given), Module()(*given))

@@ -1,0 +1,1 @@
+"""The Triton artifact: a model as a folder that runs on a GPU without transformers and without a compiler."""

@@ -1,0 +1,88 @@
+"""The binaries an artifact needs: its program runs on tensors without values, and every launch it makes is one.
+
+Nothing is computed and no GPU is needed. The batches are chosen so that sizes that vary from call to call are odd in
+one of them: what is a multiple of 16 in all of them is a size of the model, and is compiled in as such.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from surgeon import module
+from surgeon.artifact.cache import Cache
+from surgeon.artifact.operators import longest, on_gpu
+from surgeon.artifact.program import Program
+from surgeon.kernels.aot import Binary, Variant, build, target
+from surgeon.kernels.jit import Call, launcher
+from surgeon.kernels.pages import plan
+
+META = torch.device("meta")
+DECODE, PREFILL = (1, 3, 67), (2, 33, 75, 131, 2117)
+"""Requests in a step, and tokens of a prompt."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What makes two launches need two binaries."""
+
+    kernel: Any
+    constants: tuple[tuple[str, Any], ...]
+    signature: str
+    warps: int
+    stages: int
+
+
+def launches(program: Program, dtypes: dict[str, torch.dtype]) -> list[Variant]:
+    """What has to be compiled.
+
+    Args:
+        program: of the artifact.
+        dtypes: of its tensors.
+    """
+    seen: dict[_Kind, set[str]] = {}
+
+    def record(call: Call) -> None:
+        constants = tuple((name, call.constants[name]) for name in call.constants)
+        kind = _Kind(call.kernel, constants, " ".join(call.types.values()), call.warps, call.stages)
+        whole = {name for name, value in call.arguments.items() if type(value) is int and value % 16 == 0}
+        seen[kind] = seen.get(kind, whole) & whole
+
+    graph = on_gpu(program.graph)
+    graph.inserted = {}
+    graph.values = {name: torch.empty(s.shape, dtype=dtypes[name], device=META) for name, s in graph.tensors.items()}
+    graph.tensors = {name: dataclasses.replace(s, dtype=dtypes[name]) for name, s in graph.tensors.items()}
+    loaded = module.load(graph, device=META)
+    with torch.inference_mode(), launcher(record):
+        for requests, tokens in [*((count, 1) for count in DECODE), *((1, count) for count in PREFILL)]:
+            _run(program, loaded, requests, tokens)
+    return [_variant(kind, whole) for kind, whole in seen.items()]
+
+
+def _run(program: Program, loaded: module.GraphModule, requests: int, tokens: int) -> None:
+    cache = Cache(loaded, program, requests, tokens + 1)
+    tiles = [longest(tokens, one.heads, one.kv, cache.dtype) for one in program.attentions]
+    segments = plan([(tokens, 0)] * requests, tile=min(tiles, default=1)).to(META)
+    ids = torch.empty(requests, tokens, dtype=torch.int64, device=META)
+    given = {"input_ids": ids, "position_ids": ids, "segments": segments, "slots": ids.flatten()}
+    loaded(*(given[name] for name in program.graph.inputs))
+
+
+def _variant(kind: _Kind, whole: set[str]) -> Variant:
+    text = repr((kind.constants, kind.signature, kind.warps, kind.stages))
+    label = hashlib.sha256(text.encode()).hexdigest()[:10]
+    return Variant(kind.kernel, label, kind.signature, dict(kind.constants), kind.warps, kind.stages, frozenset(whole))
+
+
+def compiled(variants: Sequence[Variant], archs: Sequence[str]) -> list[Binary]:
+    """Every variant for every architecture.
+
+    Raises:
+        CheckFailed: a binary spills; see `surgeon.kernels.aot.build`.
+    """
+    return [build(variant, target(arch)) for arch in archs for variant in variants]
