@@ -72,7 +72,6 @@ class Pass:
         kinds: kinds of site it works on.
         offered: whether users apply it by its name; the others are surgeon's own.
         training_only: whether it changes nothing but how the model trains, so that what is deployed is without it.
-        derived: whether what it inserts follows from the base and its options, and is made anew rather than stored.
         learning_rate: AdamW's, where the user names none.
     """
 
@@ -82,8 +81,12 @@ class Pass:
     kinds: ClassVar[tuple[str, ...]] = ()
     offered: ClassVar[bool] = False
     training_only: ClassVar[bool] = False
-    derived: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 2e-4
+
+    @property
+    def derived(self) -> bool:
+        """Whether what it inserts follows from the base and its options, and is made anew rather than stored."""
+        return False
 
     def fitted(self, graph: Graph) -> Pass:
         """Asked first: the pass with the options that follow from the graph it is to be applied to."""

@@ -34,11 +34,15 @@ class Quantiser(Pass):
     keeps: ClassVar[str] = "changes"
     stacks: ClassVar[bool] = False
     offered: ClassVar[bool] = True
-    derived: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 0.0
     kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D)
     targets: str = "all-linear"
     exclude: str = ""
+
+    @property
+    def derived(self) -> bool:
+        """Codes follow from the weights."""
+        return True
 
     def unfit(self, site: Site) -> str:
         """Why this site cannot be quantised, or ""."""

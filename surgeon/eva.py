@@ -163,26 +163,27 @@ def directions(
     model = module.load(reading, dtype=torch.float32)
     for batch in data:
         with torch.no_grad():
-            results = dict(zip(reading.outputs, model(*_inputs(reading, batch)), strict=True))
+            results = dict(zip(reading.outputs, model(*inputs_of(reading, batch)), strict=True))
         for path, one in known.items():
-            one.add(_rows(results[f"{path}.x"], batch["attention_mask"]))
+            one.add(rows_of(results[f"{path}.x"], batch["attention_mask"]))
         if all(one.settled for one in known.values()):
             break
     return {site.path: known[path] for path, group in shared.items() for site in group}
 
 
-def batches(graph: Graph, file: Path) -> Iterator[dict[str, Tensor]]:
-    """The samples of a file as batches for a model."""
+def batches(graph: Graph, file: Path, size: int = SAMPLES, length: int = LENGTH) -> Iterator[dict[str, Tensor]]:
+    """The samples of a file, `length` tokens of each at most, as batches of `size` for a model."""
     from surgeon import api
     from surgeon.samples import collator_for, samples_for
 
     tokenizer = api.tokenizer_of(graph.source)
     if tokenizer is None:
-        raise UsageError("the model has no tokenizer to read data with", graph.source or str(file), "another --init")
-    samples = samples_for(SimpleNamespace(graph=graph, config=graph.config), tokenizer, file, LENGTH)
+        what = "the model has no tokenizer to read data with"
+        raise UsageError(what, graph.source or str(file), "do without the file")
+    samples = samples_for(SimpleNamespace(graph=graph, config=graph.config), tokenizer, file, length)
     collate: Any = collator_for(samples, tokenizer, graph.config)
-    for first in range(0, len(samples), SAMPLES):
-        yield collate([samples[index] for index in range(first, min(first + SAMPLES, len(samples)))])
+    for first in range(0, len(samples), size):
+        yield collate([samples[index] for index in range(first, min(first + size, len(samples)))])
 
 
 def _input(graph: Graph, site: Site) -> fx.Node:
@@ -191,7 +192,7 @@ def _input(graph: Graph, site: Site) -> fx.Node:
     return argument_of(node, input_position(node))
 
 
-def _inputs(graph: Graph, batch: Mapping[str, Tensor]) -> list[Tensor]:
+def inputs_of(graph: Graph, batch: Mapping[str, Tensor]) -> list[Tensor]:
     """The inputs of a model in order, as they are where a user gives none."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
     given = {"position_ids": numbering.default(graph, mask, ids), "token_type_ids": torch.zeros_like(ids), **batch}
@@ -201,7 +202,7 @@ def _inputs(graph: Graph, batch: Mapping[str, Tensor]) -> list[Tensor]:
     return [given[name] for name in graph.inputs]
 
 
-def _rows(x: Tensor, mask: Tensor) -> Tensor:
+def rows_of(x: Tensor, mask: Tensor) -> Tensor:
     """Inputs `[.., in]` as rows, without those of padding."""
     rows = x.flatten(0, -2)
     return rows[mask.flatten().bool()] if len(rows) == mask.numel() else rows

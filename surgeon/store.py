@@ -15,19 +15,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from surgeon import card, manifest, passes, peft_files, peft_load, peft_parts, replaced, run, text
+from surgeon import card, kept_codes, manifest, passes, peft_files, peft_load, peft_parts, replaced, run, text
 from surgeon.atomic import atomic_folder
 from surgeon.errors import SurgeonError, UsageError
 from surgeon.graph import Graph
 from surgeon.manifest import Manifest, Step
 from surgeon.passes.base import Adapter, Pass
+from surgeon.passes.quantiser import Quantiser
 from surgeon.peft_values import put
 from surgeon.source import open_graph, open_source
 
 TEXT, OWN_WEIGHTS = "graph.txt", "surgeon.safetensors"
 REST = "adapter"
 """The folder in a merged checkpoint with what did not fold."""
-_OURS = (manifest.FILE, TEXT, card.FILE, peft_files.CONFIG, peft_files.WEIGHTS, OWN_WEIGHTS)
+_OURS = (manifest.FILE, TEXT, card.FILE, peft_files.CONFIG, peft_files.WEIGHTS, OWN_WEIGHTS, kept_codes.FILE)
 load_adapter = peft_load.load_adapter
 
 
@@ -174,6 +175,11 @@ def _write_step(graph: Graph, step: Step, applied: Pass, folder: Path, parts: di
     place = folder / step.folder
     if parts is None:
         return
+    if isinstance(applied, Quantiser):
+        if step.format:
+            place.mkdir(exist_ok=True)
+            kept_codes.write(graph, step.id, place / kept_codes.FILE)
+        return
     if step.format == "peft" and isinstance(applied, Adapter):
         peft_files.write_adapter(graph, step.id, applied, place, parts)
     if step.format == "surgeon" or (step.format and _lossy(applied)):
@@ -186,6 +192,10 @@ def _read_step(graph: Graph, step: Step, applied: Pass, folder: Path, parts: dic
     place = folder / step.folder
     stored = {}
     if parts is None:
+        return
+    if isinstance(applied, Quantiser):
+        if step.format:
+            kept_codes.read(graph, step.id, place / kept_codes.FILE)
         return
     if step.format == "peft" and isinstance(applied, Adapter):
         peft_files.read_config(place)
