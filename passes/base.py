@@ -46,7 +46,8 @@ class Cost:
         frozen: numbers that are kept in memory beside those.
         stored: numbers in the adapter's file.
         freed: weights of the base that codes stand for, in their place.
-        held: bytes of those codes and what belongs to them.
+        held: bytes of those codes and what belongs to them, in memory.
+        saved: the same on disk, in the form that they are saved in by default.
         flops: of a forward pass per token, 2 per multiply-add of a matrix; elementwise operators are not counted.
         span: positions that a token sees at this attention while it trains; 0 leaves them as they are.
     """
@@ -57,6 +58,7 @@ class Cost:
     stored: int = 0
     freed: int = 0
     held: int = 0
+    saved: int = 0
     flops: int = 0
     span: int = 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
     import torch
 
     from surgeon.graph import Graph
-    from surgeon.hold import Part
     from surgeon.numerics_int import Groups
     from surgeon.sites import Site
 
@@ -92,20 +90,18 @@ class IntQ(Quantiser):
             return f"{error.what} (try {error.hint})"
         return ""
 
-    def parts(self, site: Site) -> Sequence[Part]:
+    def groups(self, inputs: int) -> int:
+        """Groups of a row."""
+        from surgeon.numerics_int import check_groups
+
+        return inputs // check_groups(inputs, self.group, self.bits)
+
+    def shapes(self, out: int, inp: int) -> list[tuple[str, tuple[int, ...], torch.dtype | None]]:
         """Codes, scales and zero points."""
         import torch
 
-        from surgeon.hold import Part
-        from surgeon.numerics_int import check_groups
-
-        groups = site.inp // check_groups(site.inp, self.group, self.bits)
-        shape = (site.out, groups)
-        return [
-            Part("codes", (site.out, site.inp * self.bits // 8), torch.uint8),
-            Part("scale", shape, None),
-            Part("zero", shape, None),
-        ]
+        each = (out, self.groups(inp))
+        return [("codes", (out, inp * self.bits // 8), torch.uint8), ("scale", each, None), ("zero", each, None)]
 
     def encode(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
         """Min–max per row and group."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,7 +11,6 @@ from surgeon.passes.quantiser import Quantiser
 if TYPE_CHECKING:
     import torch
 
-    from surgeon.hold import Part
     from surgeon.sites import Site
 
 
@@ -36,20 +34,18 @@ class Nf4(Quantiser):
         if self.kind not in ("nf4", "fp4"):
             raise UsageError(f"{self.name}: there is no 4-bit type '{self.kind}'", "--kind", "one of nf4, fp4")
 
-    def parts(self, site: Site) -> Sequence[Part]:
+    def shapes(self, out: int, inp: int) -> list[tuple[str, tuple[int, ...], torch.dtype | None]]:
         """Codes and absmax, and what undoes the quantisation of absmax."""
         import torch
 
-        from surgeon.hold import Part
         from surgeon.numerics import BLOCK, NESTED_BLOCK
 
-        count = site.inp * site.out
-        blocks = -(-count // BLOCK)
-        made = [Part("codes", (-(-count // 2),), torch.uint8)]
-        made.append(Part("absmax", (blocks,), torch.uint8 if self.double else torch.float32))
+        blocks = -(-out * inp // BLOCK)
+        made: list[tuple[str, tuple[int, ...], torch.dtype | None]] = [("codes", (-(-out * inp // 2),), torch.uint8)]
+        made.append(("absmax", (blocks,), torch.uint8 if self.double else torch.float32))
         if self.double:
-            made.append(Part("scale", (-(-blocks // NESTED_BLOCK),), torch.float32))
-            made.append(Part("offset", (), torch.float32))
+            made.append(("scale", (-(-blocks // NESTED_BLOCK),), torch.float32))
+            made.append(("offset", (), torch.float32))
         return made
 
     def encode(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -48,9 +48,18 @@ class Quantiser(Pass):
         """Why this site cannot be quantised, or ""."""
         return ""
 
-    def parts(self, site: Site) -> Sequence[Part]:
-        """The tensors that stand for the weight of a site, in the order of the operator."""
-        raise UsageError(f"{self.name} has no parts", site.path)
+    def shapes(self, out: int, inp: int) -> list[tuple[str, tuple[int, ...], torch.dtype | None]]:
+        """Name, shape and dtype of the tensors that stand for a weight `[out, in]`, in the order of the operator.
+
+        No dtype is that of the arithmetic.
+        """
+        raise UsageError(f"{self.name} has no parts", "")
+
+    def parts(self, site: Site) -> list[Part]:
+        """The tensors that stand for the weight of a site."""
+        from surgeon.hold import Part
+
+        return [Part(*entry) for entry in self.shapes(site.out, site.inp)]
 
     def encode(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
         """A weight `[out, in]` as its parts, by name."""
@@ -118,9 +127,12 @@ class Quantiser(Pass):
 
         import torch
 
+        from surgeon.forms import writer_of
+
         parts = self.parts(site)
         held = sum(math.prod(part.shape) * (part.dtype or torch.float32).itemsize for part in parts)
-        return Cost(freed=site.inp * site.out, held=held)
+        saved = writer_of(self, torch.float32).nbytes(site.out, site.inp)
+        return Cost(freed=site.inp * site.out, held=held, saved=saved)
 
 
 def _decoded(step: Quantiser, site: Site, parts: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -52,6 +52,11 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.stack(lanes, -1).flatten(-2)
 
 
+def words(packed: torch.Tensor) -> torch.Tensor:
+    """Bytes `[n, m]` as little-endian int32 words `[n, m / 4]`."""
+    return packed.contiguous().flatten().view(torch.int32).view(len(packed), packed.shape[1] // 4)
+
+
 def pack_high_first(codes: torch.Tensor) -> torch.Tensor:
     """4-bit codes `[n]` → bytes `[n / 2]`, the even index in the high nibble (bitsandbytes); n is even."""
     return codes[0::2] << 4 | codes[1::2]

@@ -50,6 +50,7 @@ class Bytes:
 
     Attributes:
         base: the base model on disk, in its own dtype.
+        quantised: the same with its weights in codes (`surgeon quantise`); as `base` where none are.
         memory: the base model in memory: where a method holds weights in codes, those.
         adapter: what the methods store, in fp32.
         gradients: 4 per trained parameter.
@@ -58,6 +59,7 @@ class Bytes:
     """
 
     base: int
+    quantised: int
     memory: int
     adapter: int
     gradients: int
@@ -237,6 +239,7 @@ def _width(graph: Graph) -> int:
 def _bytes(graph: Graph, trained: int, frozen: int, stored: int, costs: list[Cost]) -> Bytes:
     base, inserted = base_bytes(graph), _ADAPTER_BYTES * (trained + frozen)
     memory = base + sum(cost.held - _width(graph) * cost.freed for cost in costs)
+    quantised = base + sum(cost.saved - _width(graph) * cost.freed for cost in costs)
     gradients, optimizer = _ADAPTER_BYTES * trained, _ADAMW_BYTES * trained
     training = memory + inserted + gradients + optimizer
-    return Bytes(base, memory, _ADAPTER_BYTES * stored, gradients, optimizer, training)
+    return Bytes(base, quantised, memory, _ADAPTER_BYTES * stored, gradients, optimizer, training)

@@ -13,7 +13,7 @@ import transformers
 from surgeon.buffers import materialise_buffers
 from surgeon.capture import capture_config
 from surgeon.checkpoint import Checkpoint
-from surgeon.coded import decoded, with_codes
+from surgeon.coded import CodedCheckpoint, decoded, with_codes
 from surgeon.context import extend
 from surgeon.errors import UsageError
 from surgeon.graph import Graph
@@ -169,6 +169,9 @@ def read_weights(source: Source, seed: int = 0) -> tuple[ModelWeights, dict[str,
     with torch.device("meta"):
         model = auto.from_config(source.config, dtype=dtype, trust_remote_code=is_trusted())
     model.tie_weights()
+    if isinstance(source.checkpoint, CodedCheckpoint):
+        turned = [path for path, module in model.named_modules() if type(module).__name__ == "Conv1D"]
+        source.checkpoint.transpose(turned)
     weights = ModelWeights(source.checkpoint, model, seed, resized=bool(source.labels))
     materialise_buffers(model)
     buffers = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}

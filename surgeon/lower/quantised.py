@@ -1,7 +1,6 @@
 """A checkpoint whose linears are quantised, streamed: one weight in memory at a time, whatever the model's size.
 
-NF4 and FP4 are written as transformers saves bitsandbytes' 4-bit models, so `from_pretrained` loads them. Group-wise
-integers are written in surgeon's own form (`surgeon.stored_codes`).
+How codes lie in a file is a form's (`surgeon.forms`): bitsandbytes, GPTQ, compressed-tensors, or surgeon's own.
 """
 
 from __future__ import annotations
@@ -15,19 +14,18 @@ from pathlib import Path
 
 import torch
 
-from surgeon import stored_codes
 from surgeon.atomic import atomic_folder, sync
 from surgeon.checkpoint import SINGLE
 from surgeon.coded import CodedCheckpoint
 from surgeon.errors import UnsupportedError, UsageError
 from surgeon.fold import MergedValues, value_of
+from surgeon.forms import Layout
 from surgeon.graph import Graph
 from surgeon.hold import holders
 from surgeon.lower.hf import copy_auxiliary, write_index
+from surgeon.lower.saved import Saved
 from surgeon.safetensors_file import TensorInfo, header_bytes
 from surgeon.source import Source, Values
-
-Layout = tuple[str, torch.dtype, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,7 @@ class Written:
     folder: Path
     quantised: tuple[str, ...]
     nbytes: int
+    form: str = ""
 
 
 def write_quantised(
@@ -44,9 +43,11 @@ def write_quantised(
     source: Source,
     out: str | Path,
     *,
+    form: str = "",
     overwrite: bool = False,
     weights: Mapping[str, torch.Tensor] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    check: Callable[[Path], None] = lambda folder: None,
 ) -> Written:
     """Write the base of `graph` with the weights that are held in codes as those codes.
 
@@ -56,15 +57,17 @@ def write_quantised(
         graph: a graph over the weights of `source` with one quantiser, and no adapter.
         source: the base.
         out: the new folder.
+        form: of the codes, see `surgeon.forms`.
         overwrite: replace an existing folder.
         weights: the base's own values, where those of `graph` are others: what differs is written as it is in `graph`.
         progress: called with (tensor, bytes done, bytes in all).
+        check: called with the whole folder before it gets its name.
 
     Raises:
         UsageError: nothing is quantised, something else is applied, or a weight is not finite.
-        UnsupportedError: a quantised weight is stored in several parts.
+        UnsupportedError: a quantised weight is stored in several parts, or has no place in the form.
     """
-    saved = stored_codes.of_graph(graph) if holders(graph) else None
+    saved = Saved(graph, form) if holders(graph) else None
     if saved is None and not isinstance(source.checkpoint, CodedCheckpoint):
         raise UsageError("nothing is quantised", graph.source, "apply one of nf4, intq")
     own = graph.values if weights is None else weights
@@ -91,9 +94,10 @@ def write_quantised(
             sync(file)
         if len(shards) > 1 or shards[0][0].file.name != SINGLE:
             write_index(folder, weight_map, {"total_size": total})
-        codes = {"quantization_config": saved.config(list(held.values()))} if saved is not None else {}
+        codes = {"quantization_config": saved.config()} if saved is not None else {}
         copy_auxiliary(source.checkpoint, folder, {**source.checkpoint.config, **codes})
-    return Written(Path(out), tuple(held.values()), total)
+        check(folder)
+    return Written(Path(out), tuple(held.values()), total, saved.writer.name if saved is not None else "")
 
 
 def _stored_names(
@@ -123,7 +127,7 @@ def _tensors_in(source: Source, file: Path) -> list[TensorInfo]:
     return [info for info in source.checkpoint.tensors.values() if info.file == file]
 
 
-def _layouts(info: TensorInfo, saved: stored_codes.Saved | None, held: Mapping[str, str]) -> list[Layout]:
+def _layouts(info: TensorInfo, saved: Saved | None, held: Mapping[str, str]) -> list[Layout]:
     if saved is not None and info.name in held:
         return saved.layouts(info.name, held[info.name])
     return [(info.name, info.dtype, info.shape)]
@@ -131,7 +135,7 @@ def _layouts(info: TensorInfo, saved: stored_codes.Saved | None, held: Mapping[s
 
 def _tensors(
     stored: str,
-    saved: stored_codes.Saved | None,
+    saved: Saved | None,
     held: Mapping[str, str],
     changed: Mapping[str, Callable[[], torch.Tensor]],
     source: Source,
