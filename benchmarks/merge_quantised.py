@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from surgeon import api, run
 from surgeon.fold import by_weight, folds, value_of
 from surgeon.graph import Graph
-from surgeon.lower.into import way_graphs
+from surgeon.lower.ways import way_graphs
 from surgeon.model import load_model
 from surgeon.normal import Base
 from surgeon.passes import make

@@ -28,6 +28,7 @@ COMMANDS: dict[str, str] = {
     "eval": "surgeon.cli.eval",
     "generate": "surgeon.cli.generate",
     "chat": "surgeon.cli.chat",
+    "quantise": "surgeon.cli.quantise",
     "merge": "surgeon.cli.merge",
     "export": "surgeon.cli.export",
     "run": "surgeon.cli.run",
@@ -39,7 +40,20 @@ COMMANDS: dict[str, str] = {
 }
 
 # Commands that open models, whose checkpoints may bring code of their own.
-OPENING = ("plan", "apply", "train", "eval", "generate", "chat", "merge", "export", "convert", "verify", "show")
+OPENING = (
+    "plan",
+    "apply",
+    "train",
+    "eval",
+    "generate",
+    "chat",
+    "quantise",
+    "merge",
+    "export",
+    "convert",
+    "verify",
+    "show",
+)
 TRUST = typer.Option(FLAG, help="Run the Python code that the checkpoint brings along.", show_default=False)
 
 INTERRUPTED = 130  # 128 + SIGINT, what shells report

@@ -18,6 +18,10 @@ INTO = (
     "Over a quantised base: dequant (what the adapter was trained on; the default), original (the weights before they "
     "were quantised), requant (original + adapter, quantised again), zero-points (exact, for qalora)."
 )
+FORM = (
+    "Of codes (--into requant, zero-points): bitsandbytes, gptq, gptq_v2, compressed-tensors or surgeon; default: "
+    "bitsandbytes for nf4, else surgeon."
+)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -33,6 +37,8 @@ def command(
     accept_error: Annotated[
         bool, typer.Option("--accept-error", help="Merge whatever the error of --into is.")
     ] = False,
+    form: Annotated[str, typer.Option("--format", help=FORM)] = "",
+    calibration: Annotated[str, typer.Option(help="With --into requant: a data file, for GPTQ's codes on it.")] = "",
     strict: Annotated[bool, typer.Option("--strict", help="Refuse if something does not fold into weights.")] = False,
     rank: Annotated[int | None, typer.Option(help="Of an adapter that has every rank (dylora).")] = None,
     bake_prompt: Annotated[
@@ -51,13 +57,14 @@ def command(
     rows of a prompt become the embeddings of new words, <prompt_0> and so on, for any tool to put before its texts.
 
     Over a quantised base the error of every way to merge is shown first; one that changes the outputs by more than 2 %
-    is refused without --accept-error.
+    is refused without --accept-error. So are zero points that must be rounded to fit the --format.
 
     Examples:
         surgeon merge work/ -o merged/
         surgeon merge lora-adapter/ -o merged/ --dtype bfloat16
         surgeon merge prompt-work/ -o baked/ --bake-prompt
         surgeon merge qalora-work/ -o merged/ --into zero-points
+        surgeon merge qalora-work/ -o merged/ --into requant --format gptq_v2 --calibration texts.jsonl
     """
     if dtype and dtype not in DTYPES:
         raise UsageError(f"unknown dtype '{dtype}'", "--dtype", f"nearest: {nearest(dtype, DTYPES)}")
@@ -67,12 +74,13 @@ def command(
         _bake(folder, out, base, overwrite, json)
         return
     from surgeon import api
-    from surgeon.lower.into import is_quantised
+    from surgeon.lower.ways import is_quantised
 
     graph = api.to_merge(folder, base, rank)
     given = {"overwrite": overwrite, "dtype": _dtype(dtype), "verify": verify, "strict": strict}
-    if into or accept_error or is_quantised(graph):
-        over_codes(graph, out, into or "dequant", accept_error, json, given)
+    if into or accept_error or form or calibration or is_quantised(graph):
+        again = {"form": form, "calibration": calibration}
+        over_codes(graph, out, into or "dequant", accept_error, json, given, again)
         return
     with output.bar("merging") as advance:
         merged = api.merge(graph, out, progress=advance, **given)

@@ -36,11 +36,19 @@ def offered() -> dict[str, type[Pass]]:
     return {name: method for name, method in methods().items() if method.offered}
 
 
-def with_method_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command that takes `**options` a flag for each option of each method; a flag not given is left out."""
+def with_method_options(
+    command: Callable[..., None], wanted: Callable[[], Mapping[str, type[Pass]]] = offered
+) -> Callable[..., None]:
+    """Give a command that takes `**options` a flag for each option of each method; a flag not given is left out.
+
+    Args:
+        command: it.
+        wanted: the methods, by name.
+    """
     signature = inspect.signature(command, eval_str=True)
     own = [parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD]
-    made = [_parameter(name, found) for name, found in _by_name().items()]
+    methods = wanted()
+    made = [_parameter(name, found, len(methods)) for name, found in _by_name(methods).items()]
 
     @functools.wraps(command)
     def inner(**given: Any) -> None:
@@ -98,30 +106,30 @@ def _values(options: Mapping[str, Option], flags: Mapping[str, Any]) -> dict[str
     }
 
 
-def _by_name() -> dict[str, dict[str, Option]]:
+def _by_name(methods: Mapping[str, type[Pass]]) -> dict[str, dict[str, Option]]:
     """Option name → the methods that have it."""
     found: dict[str, dict[str, Option]] = {}
-    for name, method in offered().items():
+    for name, method in methods.items():
         for option in options_of(method):
             found.setdefault(option.name, {})[name] = option
     return found
 
 
-def _parameter(name: str, found: Mapping[str, Option]) -> inspect.Parameter:
+def _parameter(name: str, found: Mapping[str, Option], methods: int) -> inspect.Parameter:
     first = next(iter(found.values()))
     flag = f"{first.flag}/--no-{first.flag[2:]}" if first.type == "bool" else first.flag
     kind: Any = Optional[bool] if first.type == "bool" else Optional[str]  # noqa: UP045  typer 0.20 reads this form
     metavar = {"pairs": "PATTERN=VALUE,…", "int": "N", "float": "X", "text": "TEXT"}.get(first.type)
-    info = typer.Option(flag, help=_help(found), metavar=metavar, rich_help_panel=PANEL, show_default=False)
+    info = typer.Option(flag, help=_help(found, methods), metavar=metavar, rich_help_panel=PANEL, show_default=False)
     annotation = Annotated[kind, info]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _help(found: Mapping[str, Option]) -> str:
+def _help(found: Mapping[str, Option], methods: int) -> str:
     """The help, and the defaults: one if the methods agree, else by method; who has the option if not all do."""
     helps = dict.fromkeys(option.help for option in found.values())
     defaults = {name: _shown(option.default) for name, option in found.items()}
-    everywhere, same = len(found) == len(offered()), len(set(defaults.values())) == 1
+    everywhere, same = len(found) == methods, len(set(defaults.values())) == 1
     if same and everywhere:
         note = next(iter(defaults.values()))
     else:

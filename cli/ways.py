@@ -10,13 +10,25 @@ from surgeon.errors import UsageError
 
 if TYPE_CHECKING:
     from surgeon.graph import Graph
-    from surgeon.lower.into import Into, WayError
+    from surgeon.lower.into import Into
+    from surgeon.lower.ways import WayError
 
 FLOAT_WAYS = ("dequant", "original")
 
 
-def over_codes(graph: Graph, out: Path, into: str, accept_error: bool, json: bool, options: dict[str, Any]) -> None:
+def over_codes(
+    graph: Graph, out: Path, into: str, accept_error: bool, json: bool, options: dict[str, Any], again: dict[str, Any]
+) -> None:
     """Tell what each way of merging would lose, and merge `into` one of them.
+
+    Args:
+        graph: what is to be merged.
+        out: the new folder.
+        into: the way.
+        accept_error: whatever it loses.
+        json: print one object.
+        options: of the ways that write floating-point weights.
+        again: form and calibration, of the ways that write codes.
 
     Raises:
         UsageError: an option does not go with the way.
@@ -26,7 +38,11 @@ def over_codes(graph: Graph, out: Path, into: str, accept_error: bool, json: boo
     if into not in FLOAT_WAYS:
         if options["dtype"] is not None:
             raise UsageError(f"--into {into} writes codes, which have no dtype", "--dtype", "leave it out")
-        options = {"overwrite": options["overwrite"]}
+        options = {"overwrite": options["overwrite"], **again}
+    elif again["form"]:
+        raise UsageError(f"--into {into} writes no codes", "--format", "--into requant or zero-points, or leave it out")
+    if again["calibration"] and into != "requant":
+        raise UsageError(f"--into {into} chooses no codes", "--calibration", "--into requant, or leave it out")
 
     def tell(found: tuple[WayError, ...]) -> None:
         if not json:
@@ -77,5 +93,7 @@ def summary(done: Into) -> dict[str, Any]:
         "errors": errors,
         "folder": written.folder,
         "quantised": written.quantised,
+        "form": written.form,
         "bytes": written.nbytes,
+        "max_error": done.comparison.max_error if done.comparison is not None else None,
     }

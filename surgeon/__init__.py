@@ -7,6 +7,7 @@
     model.save("work/")
     surgeon.load("work/").generate(input_ids)
     surgeon.merge("work/", "merged/")
+    surgeon.quantise("merged/", "quantised/", "nf4")
     surgeon.export("work/", "onnx/", target="onnx")
     surgeon.verify("work/", "merged/")
 
@@ -20,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 from surgeon.remote_code import trust_remote_code
 
 if TYPE_CHECKING:
-    from surgeon.api import apply, export, load, merge, plan, verify
+    from surgeon.api import apply, export, load, merge, plan, quantise, verify
 
-__all__ = ["apply", "export", "load", "merge", "plan", "trust_remote_code", "verify"]
+__all__ = ["apply", "export", "load", "merge", "plan", "quantise", "trust_remote_code", "verify"]
 
 
 def __getattr__(name: str) -> Any:

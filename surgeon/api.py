@@ -29,6 +29,7 @@ from surgeon.verification import Comparison, compare, make_probes
 
 if TYPE_CHECKING:
     from surgeon.lower.into import Into
+    from surgeon.lower.quantise import Quantised
 
 
 def plan(base: str | Path, method: str | Pass = "lora", *, task: str | None = None, **options: Any) -> Any:
@@ -208,6 +209,48 @@ def merge_into(
     source = base_of(graph)
     tokenizer = tokenizer_of(source.folder)
     return merge_graph_into(graph, source, out, into=into, accept_error=accept_error, tokenizer=tokenizer, **options)
+
+
+def quantise(
+    base: str | Path,
+    out: str | Path,
+    method: str | Pass = "nf4",
+    *,
+    form: str = "",
+    task: str | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+    progress: Any = None,
+    **options: Any,
+) -> Quantised:
+    """Write a checkpoint with its linears in codes, see `surgeon.lower.quantise`.
+
+    Args:
+        base: folder or hub id.
+        out: the new folder.
+        method: "nf4" or "intq", or such a pass.
+        form: "bitsandbytes", "gptq", "gptq_v2", "compressed-tensors" or "surgeon"; "" for the method's default.
+        task: see `surgeon.tasks`.
+        verify: read it again, and compare.
+        overwrite: replace an existing folder.
+        progress: called with (tensor, bytes done, bytes in all).
+        options: of the method.
+
+    Raises:
+        UsageError: the method is none that quantises, or the base is not plain.
+        UnsupportedError: its codes have no place in the form.
+    """
+    from surgeon.lower.quantise import quantise as write
+    from surgeon.passes.quantiser import Quantiser
+
+    step = _steps(method, options)[0]
+    if not isinstance(step, Quantiser):
+        raise UsageError(f"{step.name} is no way to quantise", "method", "one of nf4, intq")
+    graph = read(base, task)
+    source, tokenizer = base_of(graph), tokenizer_of(graph.source)
+    return write(
+        graph, source, step, out, form=form, verify=verify, tokenizer=tokenizer, overwrite=overwrite, progress=progress
+    )
 
 
 def bake(

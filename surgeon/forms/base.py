@@ -152,10 +152,10 @@ def _integers(step: Quantiser, form: str) -> IntQ:
     return step
 
 
-def suited_integers(step: Quantiser, form: str, scales: torch.dtype) -> IntQ:
-    """Integer zero points, and scales of this dtype."""
+def suited_integers(step: Quantiser, form: str, scales: torch.dtype, instead: str = "integer") -> IntQ:
+    """Scales of this dtype, and zero points of the mode `instead` where they were in floating point."""
     import dataclasses
 
     found = _integers(step, form)
-    zero = "integer" if found.zero == "float" else found.zero
+    zero = instead if found.zero == "float" else found.zero
     return dataclasses.replace(found, zero=zero, scales=str(scales).removeprefix("torch."))

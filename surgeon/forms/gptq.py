@@ -90,6 +90,11 @@ class GptqV1Writer(GptqWriter):
     name: ClassVar[str] = "gptq"
     less: ClassVar[int] = 1
 
+    @classmethod
+    def suited(cls, step: Quantiser, dtype: torch.dtype) -> Quantiser:
+        """Symmetric, where zero points were in floating point: one of a hundred integer ones would be 0."""
+        return suited_integers(step, cls.name, torch.float16, "symmetric")
+
     @property
     def zeros(self) -> Range:
         """1 … 2^N − 1; 2^N fits into words too, and some readers take it for 0."""

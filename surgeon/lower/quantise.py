@@ -14,6 +14,7 @@ from surgeon.forms import find_writer
 from surgeon.graph import Graph
 from surgeon.lower.quantised import Written, write_quantised
 from surgeon.lower.saved import Saved, dtype_of
+from surgeon.passes.base import Skip
 from surgeon.passes.quantiser import Quantiser
 from surgeon.source import Source, open_graph, open_source
 from surgeon.verification import Comparison, Probe, compare, make_probes
@@ -58,12 +59,14 @@ class Quantised:
         step: the quantiser, as the form needs it.
         bits_per_weight: of the weights in codes, scales and zero points among them.
         comparison: the files, read again, against the quantised graph; None if it was not asked for.
+        skipped: linears that were asked for and stay as they are, with the reasons.
     """
 
     written: Written
     step: Quantiser
     bits_per_weight: float
     comparison: Comparison | None
+    skipped: tuple[Skip, ...] = ()
 
 
 def quantise(
@@ -102,13 +105,15 @@ def quantise(
     if graph.applied:
         names = ", ".join(step.name for step in graph.applied)
         raise UsageError(f"{names} is applied to it", graph.source, "surgeon merge --into requant, or merge first")
-    made = run.apply(graph, find_writer(form, step).suited(step, dtype_of(graph)))
+    step = find_writer(form, step).suited(step, dtype_of(graph))
+    _, skipped = run.chosen_sites(graph, step)
+    made = run.apply(graph, step)
     saved, replay = Saved(made, form), Replay(made, source, make_probes(graph, tokenizer), Path(out))
     check = replay if verify else _unchecked
     written = write_quantised(made, source, out, form=form, overwrite=overwrite, progress=progress, check=check)
     count = sum(graph.tensors[name].count for name in written.quantised)
     bits = 8 * sum(saved.nbytes(name) for name in written.quantised) / count
-    return Quantised(written, saved.step, bits, replay.comparison)
+    return Quantised(written, saved.step, bits, replay.comparison, tuple(skipped))
 
 
 def _unchecked(folder: Path) -> None:

@@ -14,7 +14,8 @@ from surgeon import api, run
 from surgeon.cli.main import main
 from surgeon.errors import CheckFailed, UsageError
 from surgeon.graph import Graph
-from surgeon.lower.into import WAYS, WayError, errors, merge_into
+from surgeon.lower.into import merge_into
+from surgeon.lower.ways import WAYS, WayError, errors
 from surgeon.model import load_model
 from surgeon.passes import make
 from surgeon.verification import make_probes
