@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,3 +53,23 @@ def deterministic() -> Iterator[None]:
         torch = sys.modules["torch"]
         torch.set_grad_enabled(True)
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of one config and task is captured once in a run, for tests that open the same few again and again."""
+    from surgeon import source
+
+    capture = source.capture_config
+
+    def once(config: Any, task: Any) -> Any:
+        written = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
+        key = (str(sorted(written.items(), key=lambda item: item[0])), task.name)
+        if key not in _CAPTURED:
+            _CAPTURED[key] = capture(config, task)
+        return _CAPTURED[key].copy()
+
+    monkeypatch.setattr(source, "capture_config", once)
+
+
+_CAPTURED: dict[tuple[str, str], Any] = {}

@@ -22,6 +22,7 @@ from surgeon.passes import make
 from surgeon.planning import plan
 from surgeon.safetensors_file import read_shard
 
+pytestmark = pytest.mark.usefixtures("captured_once")
 IDS = torch.arange(3, 21).reshape(2, 9)
 NAME = "model.layers.1.mlp.down_proj"
 CASES = [

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.zoo.folders import folder_of
 from benchmarks.zoo.graphs import randomised
-from surgeon import api, run
+from surgeon import api, calibration, run
 from surgeon.cli.main import main
 from surgeon.errors import CheckFailed, UsageError
+from surgeon.forms.own import OwnWriter
 from surgeon.graph import Graph
 from surgeon.lower.into import merge_into
 from surgeon.lower.ways import WAYS, WayError, errors
 from surgeon.model import load_model
 from surgeon.passes import make
 from surgeon.verification import make_probes
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 
 def adapted(*steps: tuple[str, dict[str, object]], std: float = 0.02) -> Graph:
@@ -94,6 +98,55 @@ def test_a_way_that_cannot_be_done_says_what_can(qlora: Graph, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+def test_zero_points_that_a_form_has_no_place_for_are_refused_with_the_damage(qalora: Graph, tmp_path: Path) -> None:
+    source = api.base_of(qalora)
+    with pytest.raises(CheckFailed, match=r"zero points do not fit the form gptq_v2.*the outputs change by") as caught:
+        merge_into(qalora, source, tmp_path / "out", into="zero-points", form="gptq_v2")
+    assert "--format surgeon" in caught.value.hint
+    assert not list(tmp_path.iterdir())
+    done = merge_into(qalora, source, tmp_path / "out", into="zero-points", form="gptq_v2", accept_error=True)
+    assert done.comparison is not None
+    assert done.comparison.max_error == 0  # the files hold the rounded ones
+    own = merge_into(qalora, source, tmp_path / "own", into="zero-points")
+    assert own.comparison is not None
+    assert own.comparison.max_error == 0
+
+
+def test_requantised_on_a_calibration_in_another_form(
+    qalora: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.randint(3, 90, (4, 9))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    monkeypatch.setattr(calibration, "batches", lambda *_: iter([batch] * 6))
+    source = api.base_of(qalora)
+    plain, ours = (
+        merge_into(qalora, source, tmp_path / name, into="requant", form="gptq_v2", accept_error=True, **more)
+        for name, more in (("plain", {}), ("ours", {"calibration": "data.jsonl"}))
+    )
+    assert plain.quantised is not None
+    assert plain.quantised.form == "gptq_v2"
+    again = api.read(tmp_path / "ours")
+    assert [step.name for step in again.applied] == ["intq"]
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert not torch.equal(again.values[name], api.read(tmp_path / "plain").values[name])
+    assert by_way(ours.errors)["requant"].error < 1.2 * by_way(plain.errors)["requant"].error
+
+
+def test_files_that_do_not_read_as_what_was_meant_do_not_get_their_name(
+    qalora: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = OwnWriter.tensors
+
+    def wrong(self: OwnWriter, stored: str, parts: Any, out: int, inp: int) -> dict[str, torch.Tensor]:
+        made = written(self, stored, parts, out, inp)
+        return {name: tensor * 2 if name.endswith("scale") else tensor for name, tensor in made.items()}
+
+    monkeypatch.setattr(OwnWriter, "tensors", wrong)
+    with pytest.raises(CheckFailed, match="not the same function"):
+        merge_into(qalora, api.base_of(qalora), tmp_path / "out", into="zero-points")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_command_shows_the_errors_first(qalora: Graph, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     work = load_model(qalora).save(tmp_path / "work")
     assert main(["merge", str(work), "-o", str(tmp_path / "out"), "--into", "zero-points"]) == 0
@@ -108,6 +161,12 @@ def test_the_command_shows_the_errors_first(qalora: Graph, tmp_path: Path, capsy
     assert "--accept-error" in capsys.readouterr().err
     assert not (tmp_path / "third").exists()
     assert main(["merge", str(work), "-o", str(tmp_path / "x"), "--into", "requant", "--dtype", "bfloat16"]) == 2
+    assert main(["merge", str(work), "-o", str(tmp_path / "x"), "--format", "gptq"]) == 2
+    assert "--into requant or zero-points" in capsys.readouterr().err
+    assert (
+        main(["merge", str(work), "-o", str(tmp_path / "x"), "--into", "zero-points", "--calibration", "x.jsonl"]) == 2
+    )
+    assert not (tmp_path / "x").exists()
 
 
 def test_trained_tensors_of_the_base_are_written_beside_codes(tmp_path: Path) -> None:
