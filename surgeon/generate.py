@@ -73,7 +73,7 @@ class Generator(PreTrainedModel, GenerationMixin):
         config = copy.deepcopy(loaded.graph.config)
         config._attn_implementation = config._experts_implementation = "eager"  # the graph has its own
         super().__init__(config)
-        self.generation_config = _generation_config(loaded.graph)
+        self.generation_config = generation_config(loaded.graph)
         self.virtual = virtual.count(loaded.graph, self.ids)
         graphs = [cached_graph(loaded.graph, phase) for phase in phases]
         self.room = positions.room(loaded.graph)
@@ -227,7 +227,7 @@ class Seq2SeqGenerator(Generator):
         return Seq2SeqLMOutput(logits=logits, past_key_values=past_key_values)
 
 
-def _generation_config(graph: Graph) -> GenerationConfig:
+def generation_config(graph: Graph) -> GenerationConfig:
     """The checkpoint's generation_config.json, or what its config says."""
     if graph.source and (Path(graph.source) / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(graph.source)

@@ -40,6 +40,7 @@ from surgeon.serve.packed import (
 )
 from surgeon.sites import ATTENTION, EMBEDDING
 
+TEMPLATES = 64
 _MERGE = "merge it (surgeon merge) and serve the merged model"
 
 
@@ -130,9 +131,11 @@ class Loader:
             raise UsageError("the adapter was made for another base", str(folder), f"serve {named} for it")
 
     def _template(self, told: str, make: Callable[[], Graph]) -> Graph:
-        if told not in self._applied:
-            self._applied[told] = make()
-        return self._applied[told]
+        found = self._applied.pop(told, None) or make()
+        self._applied[told] = found
+        while len(self._applied) > TEMPLATES:
+            self._applied.pop(next(iter(self._applied)))
+        return found
 
     def _packed(self, graph: Graph, key: str) -> Packed:
         known = owners(self.base.applied)
