@@ -7,7 +7,8 @@
 Base: ../shared/models/pystdlib-llama with `max_position_embeddings` set to the 256 tokens it was trained at. Data:
 ../shared/data/pystdlib_long, whole files of the standard library, each a text of its own, cut at the context. All
 sides train through the same loop on the same texts in the same order, with positions scaled by 8; the learning rate of
-each is the best of `RATES` on seed 0. Losses are of held-out files with whole attention, by position.
+each is the best of `RATES` on seed 0, which go on until the best is neither first nor last. Losses are of held-out
+files with whole attention, by position. Runs are written as they end; a second call goes on from there.
 
 Sides: `longlora` (LoRA of rank 8 on the attention's linears, embeddings and norms, shifted sparse attention), `lora+`
 (the same with whole attention), `lora` (no embeddings and norms), `full` (everything, whole attention), `scaled`
@@ -17,6 +18,7 @@ Sides: `longlora` (LoRA of rank 8 on the attention's linears, embeddings and nor
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import shutil
@@ -25,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 RESULTS = Path(__file__).parent / "results"
 CONTEXT, TRAINED, BUCKET, BATCH = 2048, 256, 256, 2
 SIDES = ("longlora", "lora+", "lora", "full")
-RATES = {
-    "longlora": (5e-4, 1e-3, 2e-3),
-    "lora+": (5e-4, 1e-3, 2e-3),
-    "lora": (1e-3, 2e-3, 4e-3),
-    "full": (2e-4, 5e-4, 1e-3),
-}
+RATES = {"longlora": (1e-3, 2e-3, 4e-3), "lora+": (1e-3, 2e-3, 4e-3), "lora": (2e-3, 4e-3), "full": (5e-4, 1e-3, 2e-3)}
+Runs = dict[str, dict[str, Any]]
+"""What was measured, by side, rate and seed."""
 LENGTHS = (2048, 4096, 8192, 16384)
 
 
@@ -107,33 +106,53 @@ def trained(side: str, base: Path, data: Any, tokenizer: Any, steps: int, lr: fl
     return model, time.perf_counter() - began
 
 
-def learn(base: Path, seeds: int, steps: int, sides: list[str]) -> Iterator[dict[str, Any]]:
-    """Every side at its best rate, every seed: all that is known, after each side."""
+def learn(base: Path, seeds: int, steps: int, sides: list[str], runs: Runs) -> Iterator[dict[str, Any]]:
+    """Every side at its best rate, every seed: all that is known, after each run that was not known."""
     from surgeon.api import tokenizer_of
 
     tokenizer = tokenizer_of(base)
     data, held_out = texts("train", tokenizer), texts("heldout", tokenizer)
-    found: dict[str, Any] = {
-        side: {"by_position": losses(model_of(side, base, 0), held_out)} for side in ("base", "scaled")
-    }
+
+    def run(side: str, rate: float, seed: int) -> float:
+        key = f"{side} {rate:g} {seed}"
+        if key not in runs:
+            model, seconds = trained(side, base, data, tokenizer, steps, rate, seed)
+            runs[key] = {"seconds": seconds, "by_position": losses(model, held_out)}
+            print(key, round(math.exp(statistics.mean(runs[key]["by_position"])), 3), flush=True)
+        return statistics.mean(runs[key]["by_position"])
+
+    for side in ("base", "scaled"):
+        if side not in runs:
+            runs[side] = {"by_position": losses(model_of(side, base, 0), held_out)}
+    found: dict[str, Any] = {side: summary([runs[side]]) for side in ("base", "scaled")}
     for side in sides:
-        runs: dict[float, Any] = {}
-        for lr in RATES[side]:
-            model, seconds = trained(side, base, data, tokenizer, steps, lr, 0)
-            runs[lr] = {"seed": 0, "seconds": seconds, "by_position": losses(model, held_out)}
-        best = min(runs, key=lambda lr: statistics.mean(runs[lr]["by_position"]))
-        every = [runs[best]]
+        for tried in search(RATES[side], functools.partial(run, side, seed=0)):
+            best, searched = tried
+            yield found
         for seed in range(1, seeds):
-            model, seconds = trained(side, base, data, tokenizer, steps, best, seed)
-            every.append({"seed": seed, "seconds": seconds, "by_position": losses(model, held_out)})
-        searched = {str(lr): statistics.mean(run["by_position"]) for lr, run in runs.items()}
-        found[side] = {"lr": best, "searched": searched, "runs": every, **summary(every)}
+            run(side, best, seed)
+            yield found
+        every = [runs[f"{side} {best:g} {seed}"] for seed in range(seeds)]
+        found[side] = {"lr": best, "searched": searched, **summary(every)}
         print(f"{side}: perplexity {found[side]['perplexity']:.3f} at a rate of {best}", flush=True)
         yield found
 
 
+def search(rates: Sequence[float], run: Callable[[float], float]) -> Iterator[tuple[float, dict[str, float]]]:
+    """(best so far, loss by rate) after each rate; the rates go on by doublings until the best one lies inside."""
+    found: dict[float, float] = {}
+    queue = list(rates)
+    while queue:
+        rate = queue.pop(0)
+        found[rate] = run(rate)
+        best = min(found, key=found.__getitem__)
+        yield best, {f"{rate:g}": loss for rate, loss in sorted(found.items())}
+        if not queue and best in (min(found), max(found)):
+            queue.append(best * 2 if best == max(found) else best / 2)
+
+
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean over seeds: perplexity in all and by position."""
+    """Perplexity in all and by position, means over seeds."""
     positions = list(zip(*(run["by_position"] for run in runs), strict=True))
     each = [math.exp(statistics.mean(run["by_position"])) for run in runs]
     return {
@@ -189,8 +208,7 @@ def plot(learned: dict[str, Any], out: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2))
     middles = [BUCKET * i + BUCKET // 2 for i in range(CONTEXT // BUCKET)]
     for side, found in learned.items():
-        values = found.get("perplexity_by_position") or [math.exp(loss) for loss in found["by_position"]]
-        axes.plot(middles, values, marker="o", markersize=3, label=side)
+        axes.plot(middles, found["perplexity_by_position"], marker="o", markersize=3, label=side)
     axes.set_yscale("log")
     axes.set_xlabel("position in the text (tokens)")
     axes.set_ylabel("held-out perplexity")
@@ -223,7 +241,8 @@ def main() -> None:
             known["cost"] = {"command": command, **costs(base, options.lengths)}
         else:
             command = f"python -m benchmarks.long_context --seeds {options.seeds} --steps {options.steps}"
-            for learned in learn(base, options.seeds, options.steps, options.sides):
+            runs = known.setdefault("runs", {}).setdefault(f"{options.steps} steps", {})
+            for learned in learn(base, options.seeds, options.steps, options.sides, runs):
                 known["learning"] = {"command": command, "sides": learned}
                 options.out.write_text(json.dumps(known, indent=1) + "\n")
             plot(known["learning"]["sides"], options.out.with_suffix(".png"))
