@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "apply": "surgeon.cli.apply",
     "train": "surgeon.cli.train",
     "eval": "surgeon.cli.eval",
+    "compare": "surgeon.cli.compare",
     "generate": "surgeon.cli.generate",
     "chat": "surgeon.cli.chat",
     "quantise": "surgeon.cli.quantise",

@@ -1,0 +1,92 @@
+"""A method through PEFT: its own model with the config and the first values of surgeon's adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from surgeon import store
+from surgeon.errors import UnsupportedError
+from surgeon.graph import Graph
+from surgeon.hook import Hook
+from surgeon.peft_files import CONFIG, WEIGHTS, read_tensors
+from surgeon.tasks import TASKS
+
+if TYPE_CHECKING:
+    import peft
+
+_FIRST_TOTAL = 10_000
+"""The steps that the config of an AdaLoRA which was not trained speaks of."""
+
+
+def why_not(graph: Graph) -> str:
+    """Why PEFT is not asked for what is applied to a graph, or ""."""
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        return "peft is not installed"
+    if any(step.derived for step in graph.applied):
+        return "PEFT quantises with bitsandbytes, on GPUs"
+    if len(graph.applied) != 1:
+        return "PEFT has no such method"
+    return ""
+
+
+def build(graph: Graph, folder: Path, steps: int) -> tuple[nn.Module, list[Hook]]:
+    """PEFT's model of an applied adapter, ready to train, and what its users call around a step.
+
+    Args:
+        graph: with one adapter, as it is first.
+        folder: an empty place for its files.
+        steps: of the run.
+
+    Raises:
+        UnsupportedError: PEFT has no such method.
+    """
+    import peft
+    import transformers
+
+    store.save(graph, folder / "first")
+    if not (folder / "first" / CONFIG).is_file():
+        raise UnsupportedError("PEFT has no form for it", graph.applied[0].name, "compare it without --peers")
+    config = peft.PeftConfig.from_pretrained(str(folder / "first"))
+    config.inference_mode = False
+    if isinstance(config, peft.AdaLoraConfig):
+        _schedule(config, steps)
+    loader = getattr(transformers, TASKS[graph.task].auto_class)
+    labels = {"num_labels": graph.config.num_labels} if graph.labels else {}
+    base = loader.from_pretrained(graph.source, dtype=torch.float32, **labels)
+    model = peft.get_peft_model(base, config)
+    peft.set_peft_model_state_dict(model, read_tensors(folder / "first" / WEIGHTS))
+    return model, [_Allocate()] if isinstance(config, peft.AdaLoraConfig) else []
+
+
+def _schedule(config: peft.AdaLoraConfig, steps: int) -> None:
+    config.total_step = steps
+    config.tinit, config.tfinal = (round(value * steps / _FIRST_TOTAL) for value in (config.tinit, config.tfinal))
+
+
+class _Allocate(Hook):
+    """PEFT's AdaLoRA is told of every step by its user."""
+
+    def after_step(self, model: Any, optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
+        """Let it move its ranks."""
+        model.base_model.update_and_allocate(step + 1)
+
+
+class OfTokens(nn.Module):
+    """A model with the logits of the tokens alone: PEFT's prompts have logits too."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, input_ids: torch.Tensor, **inputs: Any) -> Any:
+        """As the model's."""
+        output = self.model(input_ids=input_ids, **inputs)
+        if getattr(self.model, "peft_type", None) == "PROMPT_TUNING" and output.logits.dim() == 3:
+            output.logits = output.logits[:, -input_ids.shape[1] :]
+        return output
