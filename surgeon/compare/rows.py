@@ -53,6 +53,7 @@ class Row:
         loss: on the held-out data.
         reduction: the fall of that loss from the base's.
         accuracy: on the held-out data: of tokens or of classes.
+        first_loss: of the first seed.
         after: way of deploying → loss of the first seed, or why there is none.
         diff: what it changed in the graph.
         peer: PEFT's side.
@@ -71,6 +72,7 @@ class Row:
     loss: Spread
     reduction: Spread
     accuracy: float | None
+    first_loss: float
     after: Mapping[str, float | str]
     diff: str
     peer: Peer | None = None
@@ -112,6 +114,7 @@ def _row(one: Contender, base: Result, own: Sequence[Result], peers: Sequence[Re
         loss=Spread.of([result["loss"] for result in own]),
         reduction=Spread.of([base["loss"] - result["loss"] for result in own]),
         accuracy=statistics.mean(accuracies) if accuracies else None,
+        first_loss=first["loss"],
         after=first.get("after", {}),
         diff=first.get("diff", ""),
         peer=_peer(base, own, peers) if peers and not why else None,
