@@ -16,6 +16,7 @@ from surgeon.errors import CheckFailed, UsageError
 from surgeon.evaluate_tasks import TaskReport, evaluate_examples
 from surgeon.examples import Examples
 from surgeon.loss import IGNORE
+from surgeon.packed import packed_products
 from surgeon.render import Rendered
 from surgeon.samples import Data, samples_for
 
@@ -34,6 +35,7 @@ class EvalReport:
 
 
 @torch.no_grad()
+@packed_products()
 def evaluate(
     model: torch.nn.Module,
     tokenizer: Any,

@@ -22,6 +22,7 @@ from surgeon.errors import UnsupportedError, UsageError
 from surgeon.graph import Graph
 from surgeon.head import find_head
 from surgeon.module import GraphModule
+from surgeon.packed import packed_products
 from surgeon.passes import make
 
 _cached: weakref.WeakKeyDictionary[fx.Graph, dict[str, Graph | None]] = weakref.WeakKeyDictionary()
@@ -87,6 +88,7 @@ class Generator(PreTrainedModel, GenerationMixin):
         return True
 
     @torch.no_grad()
+    @packed_products()
     def generate(self, *args: Any, **options: Any) -> Any:
         """`transformers.GenerationMixin.generate`."""
         if not self.has_cache:

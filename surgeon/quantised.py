@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from surgeon import packed
 from surgeon.decode import decode_4bit, decode_groups, is_traced
 from surgeon.numerics import FourBit, Nested
 from surgeon.numerics_int import Groups
@@ -31,7 +32,8 @@ _LIBRARY.define(f"nf4_linear(Tensor x, Tensor? bias, {_NF4}, *, int out, int inp
 _LIBRARY.define(f"int_weight({_INT}, *, int bits) -> Tensor")
 _LIBRARY.define(f"int_linear(Tensor x, Tensor? bias, {_INT}, *, int bits) -> Tensor")
 
-Maker = Callable[[torch.dtype], Tensor]
+Maker = functools.partial[Tensor]
+"""Called with a dtype it makes a weight; its one argument is the weight in codes."""
 HELD = "held"  # node.meta key of a linear whose weight is held in codes
 
 
@@ -120,6 +122,9 @@ def _multiplied(x: Tensor, bias: Tensor | None, weight: Maker) -> Tensor:
     bias = None if bias is None else bias.to(dtype)
     if is_traced(x):
         return F.linear(x.to(dtype), weight(dtype), bias)
+    found = packed.product(x.to(dtype), weight.args[0])
+    if found is not None:
+        return found if bias is None else found.add_(bias)
     with torch.autocast(device, enabled=False):
         result: Tensor = _Linear.apply(x.to(dtype), bias, weight)
         return result

@@ -10,6 +10,7 @@ import torch
 from surgeon import module, numbering, positions, run
 from surgeon.errors import SurgeonError, UnsupportedError
 from surgeon.graph import Graph, copied, sweep
+from surgeon.packed import packed_products
 from surgeon.passes import make
 from surgeon.serve import bypass, paged
 from surgeon.serve.adapters import Loader
@@ -111,7 +112,8 @@ class Engine:
         for sequence, number in pieces:
             self._grow(sequence, sequence.done + number)
         given = self.batches.make(pieces)
-        results = self.model(*[given[name] for name in self.model.graph.inputs])
+        with packed_products(not self.deterministic):
+            results = self.model(*[given[name] for name in self.model.graph.inputs])
         logits = results[0][0]
         if "slora.keep" not in self.model.graph.inputs:
             logits = logits[given["slora.keep"]]
