@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from surgeon import quantised
+from surgeon import ops, quantised
 from surgeon.graph import Graph, copied
-from surgeon.kernels import bypass, down_up, nf4, paged_attend, paged_attention
+from surgeon.kernels import bypass, down_up, int_groups, int_matmul, nf4, nf4_matmul, paged_attend, paged_attention
 from surgeon.kernels.pages import put
+from surgeon.numerics_int import Groups
 
+FEW_ROWS = 64
+"""Rows through experts for which each one's matrix is copied out."""
 _LIBRARY = torch.library.Library("surgeon", "FRAGMENT")
 _LIBRARY.define(
     "cached_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor blocks, "
@@ -135,9 +138,32 @@ def _nf4_linear(
     inp: int,
     kind: str = "nf4",
 ) -> Tensor:
-    held = nf4.stored(codes, absmax, scale, offset, out, inp, kind)
+    held, rows = nf4.stored(codes, absmax, scale, offset, out, inp, kind), x.flatten(0, -2)
+    if not nf4_matmul.can_use(rows, held, bias):
+        return nf4_matmul.launch(rows, held, bias).view(*x.shape[:-1], out)
     weight = nf4.reference(held, x.dtype) if nf4.can_use(held, x.dtype) else nf4.launch(held, x.dtype)
     return F.linear(x, weight, bias)
+
+
+def _int_linear(x: Tensor, bias: Tensor | None, codes: Tensor, scale: Tensor, zero: Tensor, *, bits: int) -> Tensor:
+    held, rows = Groups(codes, scale, zero, bits), x.flatten(0, -2)
+    if not int_matmul.can_use(rows, held, bias):
+        return int_matmul.launch(rows, held, bias).view(*x.shape[:-1], codes.shape[0])
+    why = int_groups.can_use(held, x.dtype)
+    return F.linear(x, int_groups.reference(held, x.dtype) if why else int_groups.launch(held, x.dtype), bias)
+
+
+def _expert_linear(
+    x: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None = None, *, transposed: bool = False
+) -> Tensor:
+    """Of few rows without asking how many each expert has: an answer is a wait, and no recorded step may wait."""
+    matrices = weight.transpose(1, 2) if transposed else weight
+    if x.is_meta:
+        return x.new_empty(len(x), matrices.shape[1])
+    if len(x) > FEW_ROWS:
+        return ops.expert_linear(x, weight, ids, bias, transposed=transposed)
+    y = torch.bmm(matrices[ids], x[:, :, None])[:, :, 0]
+    return y if bias is None else y + bias[ids]
 
 
 for _name in ("cached_attention", "low_rank_down", "low_rank_up"):
@@ -148,6 +174,8 @@ ON_GPU: dict[Any, Callable[..., Any]] = {
     torch.ops.surgeon.low_rank_down.default: _down,
     torch.ops.surgeon.low_rank_up.default: _up,
     torch.ops.surgeon.nf4_linear.default: _nf4_linear,
+    torch.ops.surgeon.int_linear.default: _int_linear,
+    torch.ops.surgeon.expert_linear.default: _expert_linear,
 }
 """Operator → what it runs as where there is a GPU."""
 

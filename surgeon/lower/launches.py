@@ -23,7 +23,7 @@ from surgeon.kernels.jit import Call, launcher
 from surgeon.kernels.pages import plan
 
 META = torch.device("meta")
-DECODE, PREFILL = (1, 3, 67), (2, 33, 75, 131, 2117)
+DECODE, PREFILL = (1, 3, 19, 67), (2, 19, 35, 75, 131, 2117)
 """Requests in a step, and tokens of a prompt."""
 
 
