@@ -25,7 +25,7 @@ def pair(
     a = torch.randn(rank * len(outside), inside, **options) / inside**0.5
     bs = [torch.randn(out, rank, **options) / rank**0.5 for out in outside]
     d, gain = (torch.rand(n, **options) if vera else None for n in (rank, outside[0]))
-    scales, low = [0.5] * len(outside), x @ a.T
+    scales = [0.5] * len(outside)
     wide = [None if t is None else t.double() for t in (x, a, d, gain)]
     wider = [[t.double() for t in one] for one in (ys, bs)]
     flops = 2.0 * rows * rank * (len(outside) * inside + sum(outside))

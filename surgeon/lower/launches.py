@@ -10,11 +10,13 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from surgeon import module
+from surgeon.artifact import manifest as form
 from surgeon.artifact.cache import Cache
 from surgeon.artifact.operators import longest, on_gpu
 from surgeon.artifact.program import Program
@@ -22,6 +24,8 @@ from surgeon.kernels.aot import Binary, Variant, build, target
 from surgeon.kernels.jit import Call, launcher
 from surgeon.kernels.pages import plan
 
+FALLBACK = "sm_80"
+"""Its PTX runs on every later GPU."""
 META = torch.device("meta")
 DECODE, PREFILL = (1, 3, 19, 67), (2, 19, 35, 75, 131, 2117)
 """Requests in a step, and tokens of a prompt."""
@@ -86,3 +90,20 @@ def compiled(variants: Sequence[Variant], archs: Sequence[str]) -> list[Binary]:
         CheckFailed: a binary spills; see `surgeon.kernels.aot.build`.
     """
     return [build(variant, target(arch)) for arch in archs for variant in variants]
+
+
+def written(folder: Path, binaries: Sequence[Binary]) -> list[dict[str, Any]]:
+    """Write binaries into an artifact, those of `FALLBACK` with their PTX; what the manifest says of them."""
+    records = []
+    for one in binaries:
+        place = folder / form.KERNELS / one.target.name
+        place.mkdir(parents=True, exist_ok=True)
+        stem = f"{form.KERNELS}/{one.target.name}/{one.variant.name}"
+        record = {**one.record(), "file": f"{stem}.{one.target.binary}"}
+        (folder / record["file"]).write_bytes(one.code)
+        if one.target.name == FALLBACK:
+            text = one.text.encode()
+            record |= {"ptx": f"{stem}.{one.target.text}", "ptx_sha256": form.digest(text)}
+            (folder / record["ptx"]).write_bytes(text)
+        records.append(record)
+    return records

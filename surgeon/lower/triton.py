@@ -23,11 +23,11 @@ from surgeon.artifact.runtime import Replay, open_artifact
 from surgeon.atomic import atomic_folder, check_target
 from surgeon.errors import CheckFailed, UnsupportedError, UsageError, nearest
 from surgeon.finalise import finalise
-from surgeon.generate import generator
+from surgeon.generate import Generator, generator
 from surgeon.graph import Graph
 from surgeon.hold import holders
-from surgeon.kernels.aot import Binary, target
-from surgeon.lower.launches import compiled, launches
+from surgeon.kernels.aot import target
+from surgeon.lower.launches import FALLBACK, compiled, launches, written
 from surgeon.lower.paging import paged
 from surgeon.lower.virtual_columns import as_columns
 from surgeon.manifest import versions
@@ -36,7 +36,6 @@ from surgeon.verification import RELATIVE, make_probes
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STEPS = 16
-FALLBACK = "sm_80"
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,10 @@ def export_triton(
     program = paged(final(graph, keep))
     dtypes = _dtypes(program.graph, dtype)
     variants = launches(program, dtypes)
-    probes, tolerance = _probes(graph, tokenizer, dtype)
+    model = generator(module.load(graph, dtype=dtype))
+    probes, tolerance = _probes(model, graph, tokenizer, dtype)
     with atomic_folder(out, overwrite=overwrite) as folder:
-        records = _write_binaries(folder, compiled(variants, archs))
+        records = written(folder, compiled(variants, archs))
         _write_program(folder, program)
         tensors = {name: _value(program.graph, name, kind) for name, kind in dtypes.items()}
         save_file(tensors, folder / form.WEIGHTS)
@@ -113,7 +113,7 @@ def export_triton(
         form.Manifest(
             form.SCHEMA, str(dtype).removeprefix("torch."), archs, records,
             form.digest((folder / form.PROGRAM).read_bytes()), (folder / form.WEIGHTS).stat().st_size, probes,
-            tolerance, _stop(graph), _room(program), graph.config.model_type,
+            tolerance, _stop(model), _room(program), graph.config.model_type,
             [{"name": step.name, "options": step.options()} for step in graph.applied], versions(),
         ).write(folder)  # fmt: skip
         replay = _replayed(folder, str(out)) if verify else None
@@ -176,30 +176,13 @@ def _value(graph: Graph, name: str, dtype: torch.dtype) -> torch.Tensor:
     return value.detach().to(dtype).contiguous().clone()
 
 
-def _write_binaries(folder: Path, binaries: Sequence[Binary]) -> list[dict[str, Any]]:
-    records = []
-    for one in binaries:
-        place = folder / form.KERNELS / one.target.name
-        place.mkdir(parents=True, exist_ok=True)
-        stem = f"{form.KERNELS}/{one.target.name}/{one.variant.name}"
-        record = {**one.record(), "file": f"{stem}.{one.target.binary}"}
-        (folder / record["file"]).write_bytes(one.code)
-        if one.target.name == FALLBACK:
-            text = one.text.encode()
-            record |= {"ptx": f"{stem}.{one.target.text}", "ptx_sha256": form.digest(text)}
-            (folder / record["ptx"]).write_bytes(text)
-        records.append(record)
-    return records
-
-
 def _write_program(folder: Path, program: Program) -> None:
     text = json.dumps(to_json(program), separators=(",", ":"), allow_nan=False)
     (folder / form.PROGRAM).write_text(text + "\n", encoding="utf-8")
 
 
-def _probes(graph: Graph, tokenizer: Any, dtype: torch.dtype) -> tuple[list[form.Probe], float]:
+def _probes(model: Generator, graph: Graph, tokenizer: Any, dtype: torch.dtype) -> tuple[list[form.Probe], float]:
     """What the model says before it is lowered, in the artifact's precision; which margins are within its rounding."""
-    model = generator(module.load(graph, dtype=dtype))
     room = positions.limit(graph) or 10**9
     probes, largest = [], 0.0
     for probe in make_probes(graph, tokenizer):
@@ -216,8 +199,8 @@ def _probes(graph: Graph, tokenizer: Any, dtype: torch.dtype) -> tuple[list[form
     return probes, 2 * RELATIVE[dtype] * largest
 
 
-def _stop(graph: Graph) -> list[int]:
-    config = getattr(graph.config, "eos_token_id", None)
+def _stop(model: Generator) -> list[int]:
+    config = model.generation_config.eos_token_id
     return [int(one) for one in (config if isinstance(config, list) else [config]) if one is not None]
 
 
@@ -247,5 +230,5 @@ def summary(report: TritonReport) -> dict[str, Any]:
         "adapter": "beside the base" if report.adapter else "folded in, or none",
         "token_agreement": replay.agreement if replay else None,
         "tokens": replay.tokens if replay else 0,
-        "seconds": report.seconds,
+        "seconds": round(report.seconds, 1),
     }
