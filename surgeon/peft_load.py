@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from surgeon import heads, peft_parts, replaced
+from surgeon import heads, peft_parts, peft_qalora, replaced
 from surgeon.errors import SurgeonError, UnsupportedError, UsageError
 from surgeon.graph import Graph
 from surgeon.labels import LABELLED, placeholders
@@ -71,7 +71,8 @@ def adapt(graph: Graph, folder: Path, config: Mapping[str, Any], tensors: dict[s
     """The graph of a base with the adapter of a folder, read already, applied; raises as `load_adapter` does."""
     method = find_peft(config)
     _check_fields(config, folder)
-    step = describe(graph, cast(type[Adapter], method), config)
+    method, config, meant = peft_qalora.resolved(graph, method, config, tensors)
+    step = dataclasses.replace(describe(graph, cast(type[Adapter], method), config), **meant)
     if step.peft_prompt:
         step = step.saving(graph, heads.trained_in(graph, tensors))
     graph = apply(graph, step, *peft_parts.described(graph, config))

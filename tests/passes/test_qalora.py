@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from benchmarks.zoo.folders import folder_of
@@ -146,6 +148,52 @@ def test_work_folders_and_pefts_files(pool: str, tmp_path: Path) -> None:
             assert (step.name, step.pool, step.group) == ("qalora", "peft", 8)  # type: ignore[attr-defined]
             assert torch.equal(again(input_ids=ids).logits, expected)
     assert (folder / "adapter_config.json").is_file() == (pool == "peft")
+
+
+@pytest.mark.parametrize(("flag", "factor"), [({}, 1 / 8), ({"use_qalora": True, "qalora_group_size": 8}, 4 / 8)])
+def test_files_of_the_papers_code_and_of_peft(flag: dict[str, object], factor: float, tmp_path: Path) -> None:
+    """In the layout of both: A `[r, in / g]`; the code pools by the mean, PEFT by the mean times in / g."""
+    quantised, folder = tmp_path / "quantised", tmp_path / "adapter"
+    api.quantise(folder_of("llama"), quantised, make("intq", group=8, targets="*.q_proj"))
+    generator, tensors, folder_name = torch.Generator().manual_seed(0), {}, "base_model.model.model.layers.{}"
+    for layer in range(4):
+        stem = folder_name.format(layer) + ".self_attn.q_proj"
+        tensors[f"{stem}.lora_A.weight"] = torch.randn(3, 4, generator=generator)
+        tensors[f"{stem}.lora_B.weight"] = torch.randn(32, 3, generator=generator)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = {
+        "peft_type": "LORA", "r": 3, "lora_alpha": 6, "lora_dropout": 0.0, "bias": "none", "task_type": "CAUSAL_LM",
+        "target_modules": ["q_proj"], "base_model_name_or_path": str(quantised), "inference_mode": True, **flag,
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    graph = api.read(folder)
+    step = graph.applied[-1]
+    assert (step.name, step.group) == ("qalora", 8)  # type: ignore[attr-defined]
+    name = "model.layers.1.self_attn.q_proj"
+    a, b = (tensors[f"base_model.model.{name}.lora_{part}.weight"].double() for part in "AB")
+    plain = api.read(quantised)
+    held = plain.tensors[f"{name}.weight"].held
+    assert held is not None
+    zero, scale = (plain.inserted[held.parts[part]]().double() for part in ("zero", "scale"))
+    merged = fold_zero_points(graph)
+    expected = zero - (b @ a) * (6 / 3) * factor / scale  # the code's merge: zeros −= (B A)ᵀ · s / g / scales
+    assert torch.allclose(merged.inserted[held.parts["zero"]]().double(), expected, rtol=1e-5, atol=1e-5)
+    assert close(outputs_of(merged), outputs_of(graph))
+
+
+def test_a_flag_that_peft_ignores_is_plain_lora(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    base = graph_of("llama")
+    lora = randomised(run.apply(api.read(folder_of("llama")), make("lora", rank=3)))
+    load_model(lora).save(folder)
+    (folder / "surgery.json").unlink()
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"use_qalora": True}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    graph = api.read(folder)
+    assert graph.applied[-1].name == "lora"
+    assert torch.equal(outputs_of(graph), outputs_of(lora))
+    assert base.applied == ()
 
 
 @pytest.mark.parametrize(
