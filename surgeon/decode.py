@@ -44,16 +44,19 @@ def decode_4bit(stored: FourBit, dtype: torch.dtype = torch.float32) -> torch.Te
 
 def decode_groups(stored: Groups, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """What `surgeon.numerics_int.dequantise_groups` gives."""
-    slow = stored.bits not in (2, 4) or stored.codes.device.type != "cpu" or is_traced(stored.codes)
-    if slow or torch.float64 in (dtype, stored.scale.dtype):
+    if stored.codes.device.type != "cpu" or is_traced(stored.codes):
         return dequantise_groups(stored, dtype)
     out, inp = stored.shape
     rows = min(out, max(1, _CHUNK // inp))
     made = torch.empty(out, inp, dtype=dtype)
-    wide = torch.empty(rows, inp) if dtype != torch.float32 else None
+    looked_up = stored.bits in (2, 4) and torch.float64 not in (dtype, stored.scale.dtype)
+    wide = torch.empty(rows, inp) if looked_up and dtype != torch.float32 else None
     for start in range(0, out, rows):
         own = slice(start, start + rows)
         part = Groups(stored.codes[own], stored.scale[own], stored.zero[own], stored.bits)
+        if not looked_up:
+            made[own] = dequantise_groups(part, dtype)
+            continue
         values = made[own] if wide is None else wide[: len(part.codes)]
         _look_up(_integers(stored.bits), part.codes.flatten(), values.view(-1))
         scaled_by_group(values, part)
