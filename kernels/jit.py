@@ -221,6 +221,7 @@ def launcher(replacement: Launcher) -> Iterator[None]:
         _launchers.pop()
 
 
+@functools.cache
 def missing() -> str:
     """Why no kernel can be built here, "" if they can, or if launches go elsewhere."""
     if _launchers:

@@ -6,6 +6,7 @@ export under the interpreter, and AOTInductor and inductor on a CPU.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 
 def operator(schema: str, launch: Callable[..., Any], reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """`torch.ops.surgeon.<name>`, of which nothing is mutated and no result is a view of an argument.
+    """`torch.ops.surgeon.<name>`; what it changes has a `(a!)` in the schema, and no result is a view of an argument.
 
     Args:
         schema: "name(Tensor x, int n) -> Tensor"; the functions take the arguments in its order.
@@ -22,7 +23,8 @@ def operator(schema: str, launch: Callable[..., Any], reference: Callable[..., A
         fake: gives results of the right shape and dtype, without values.
     """
     name, _, rest = schema.partition("(")
-    made = torch.library.custom_op(f"surgeon::{name}", launch, mutates_args=(), schema=f"({rest}")
+    changed = re.findall(r"Tensor\(\w+!\) (\w+)", rest)
+    made = torch.library.custom_op(f"surgeon::{name}", launch, mutates_args=changed, schema=f"({rest}")
     made.register_kernel("cpu")(reference)
     made.register_fake(fake)
     return made

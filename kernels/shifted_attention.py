@@ -19,6 +19,7 @@ them. Libraries: flash-attn's varlen call (LongLoRA's own way: two calls, or twi
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from surgeon.kernels.aot import Variant
 from surgeon.kernels.jit import Float, Int, Ptr, kernel, missing
 from surgeon.kernels.shifted_tiles import bounds, first_token, follows, load_rows, not_padding, store_rows, tokens
 from surgeon.ops import attention
+from surgeon.segments import segmented
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -104,9 +106,10 @@ class Pattern:
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pattern: Pattern) -> Tensor:
-    """`surgeon.attention` with a group: SDPA in every segment."""
-    p = pattern
-    return attention(q, k, v, mask, scale=p.scale, causal=p.causal, window=p.window, group=p.group, wrap=p.wrap)
+    """SDPA in every segment."""
+    attend = functools.partial(attention, scale=pattern.scale, causal=pattern.causal, window=pattern.window)
+    parts = (q, k, v, mask, None, None)
+    return segmented(*parts, group=pattern.group, wrap=pattern.wrap, prefix=0, attend=attend)
 
 
 def can_use(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> str:

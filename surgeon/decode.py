@@ -1,7 +1,8 @@
-"""Codes to weights, fast on a CPU: several codes per look-up. The values are those of `surgeon.numerics`, bit for bit.
+"""Codes to weights, fast: by a kernel on a GPU, on a CPU several codes per look-up.
 
-torch copies elements of up to 16 bytes in one move when it selects by an index, so a byte of codes looks up all of its
-values at once: two fp32 as one complex64, four as one complex128. Weights are made in pieces that stay in cache.
+The values are those of `surgeon.numerics`, bit for bit. torch copies elements of up to 16 bytes in one move when it
+selects by an index, so on a CPU a byte of codes looks up all of its values at once: two fp32 as one complex64, four as
+one complex128; and weights are made in pieces that stay in cache.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 
 import torch
 
+from surgeon import on_gpu
 from surgeon.numerics import BLOCK, BOOKS, FourBit, dequantise_4bit, dequantise_absmax
 from surgeon.numerics_int import Groups, dequantise_groups, scaled_by_group
 
@@ -25,6 +27,9 @@ def is_traced(x: torch.Tensor) -> bool:
 
 def decode_4bit(stored: FourBit, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """What `surgeon.numerics.dequantise_4bit` gives."""
+    found = on_gpu.weight(stored, dtype)
+    if found is not None:
+        return found
     if stored.codes.device.type != "cpu" or is_traced(stored.codes):
         return dequantise_4bit(stored, dtype)
     absmax = stored.absmax if stored.nested is None else dequantise_absmax(stored.absmax, stored.nested)
@@ -44,6 +49,9 @@ def decode_4bit(stored: FourBit, dtype: torch.dtype = torch.float32) -> torch.Te
 
 def decode_groups(stored: Groups, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """What `surgeon.numerics_int.dequantise_groups` gives."""
+    found = on_gpu.weight(stored, dtype)
+    if found is not None:
+        return found
     if stored.codes.device.type != "cpu" or is_traced(stored.codes):
         return dequantise_groups(stored, dtype)
     out, inp = stored.shape

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgeon import on_gpu
+
 IGNORE = -100
 CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**25}
 """Logits held at once, by device: 256 tokens of a 32k vocabulary on CPU (benchmarks/loss.py)."""
@@ -141,6 +143,8 @@ class _Pass:
     def add(self, chunk: Tensor, labels: Tensor) -> None:
         """Adds the tokens `chunk [c]` (row numbers) with `labels [c]`."""
         hidden = self.hidden[chunk].to(self.head.compute_dtype)
+        if self._add_on_gpu(chunk, labels, hidden):
+            return
         logits, chain = self._logits(hidden)
         target = labels.unsqueeze(1)
         log_p = torch.log_softmax(logits, -1, out=self.buffers[1][: len(chunk)])
@@ -150,6 +154,22 @@ class _Pass:
         grad = log_p.exp_()
         grad.scatter_add_(1, target, grad.new_full((), -1.0).expand_as(target))
         self._backward(chunk, hidden, chain(grad))
+
+    def _add_on_gpu(self, chunk: Tensor, labels: Tensor, hidden: Tensor) -> bool:
+        """`add` by the kernel that turns logits into losses and gradients; False where it is not the one to use."""
+        if not on_gpu.is_gpu(hidden):
+            return False
+        logits = hidden @ self.weight.t()
+        if self.own is not None:
+            logits[:, self.index] = hidden @ self.own.t()
+        head = self.head
+        losses = on_gpu.losses(logits, labels, self.bias, head.scale, head.softcap, gradient=self.any_grad)
+        if losses is None:
+            return False
+        self.losses.append(losses)
+        if self.any_grad:
+            self._backward(chunk, hidden, logits)
+        return True
 
     def _logits(self, hidden: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The logits `[c, v]` in the exact dtype and what maps their gradient to that of the product."""

@@ -13,7 +13,7 @@ import weakref
 import torch
 from torch.nn import functional as F
 
-from surgeon import causal_blocks
+from surgeon import causal_blocks, on_gpu
 from surgeon.segments import segmented
 
 _LIBRARY = torch.library.Library("surgeon", "DEF")
@@ -154,6 +154,11 @@ def attention(
     if mask is not None and not _tracing(q) and _hides_nothing(mask):
         mask = None  # a mask that hides nothing would only cost the [t, s] additions
     if group:
+        bare = bias is None and sinks is None and not (softcap or dropout_p or prefix)
+        pattern_of = {"scale": scale, "group": group, "causal": causal, "wrap": wrap, "window": window}
+        found = on_gpu.segmented_attention(q, k, v, mask, plain=bare, **pattern_of)
+        if found is not None:
+            return found
         options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "dropout_p": dropout_p}
         attend = functools.partial(attention, **options, prefix=prefix)  # type: ignore[arg-type]
         return segmented(q, k, v, mask, bias, sinks, group=group, wrap=wrap, prefix=prefix, attend=attend)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from surgeon import packed
+from surgeon import on_gpu, packed
 from surgeon.decode import decode_4bit, decode_groups, is_traced
 from surgeon.numerics import FourBit, Nested
 from surgeon.numerics_int import Groups
@@ -126,7 +126,8 @@ def _multiplied(x: Tensor, bias: Tensor | None, weight: Maker) -> Tensor:
     if found is not None:
         return found if bias is None else found.add_(bias)
     with torch.autocast(device, enabled=False):
-        result: Tensor = _Linear.apply(x.to(dtype), bias, weight)
+        found = on_gpu.linear(x.to(dtype), bias, weight.args[0])
+        result: Tensor = _Linear.apply(x.to(dtype), bias, weight) if found is None else found
         return result
 
 
