@@ -2,7 +2,7 @@
 
 Functions take the module that owns the graph's tensors as first argument, so equal layers share them as they share the
 graph. The training variant runs fused (see `surgeon.fuse`); the evaluation variant has no dropout and runs the graph
-operator by operator.
+operator by operator, but for bypasses over weights in codes (see `surgeon.coded_bypass`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from surgeon.coded_bypass import joined
 from surgeon.fuse import fused
 from surgeon.graph import copied, sweep
 from surgeon.mixed import with_casts
@@ -49,7 +50,7 @@ def code(graph: fx.Graph) -> Code:
     known = _codes.get(graph)
     if known is None or known[0] != len(graph.nodes):
         quiet = without_dropout(graph)
-        train, evaluate = _function(fused(graph)), _function(quiet)
+        train, evaluate = _function(fused(graph)), _function(joined(quiet))
         cast, quiet_cast = with_casts(graph), with_casts(quiet)
         mixed_train = train if cast is graph else _function(cast)
         mixed_evaluate = evaluate if quiet_cast is quiet else _function(quiet_cast)

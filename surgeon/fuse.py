@@ -98,7 +98,7 @@ def fuse_bypasses(graph: fx.Graph) -> None:
     """Every group of bypasses that read one x as one operator, at the place of the first."""
     by_input: dict[fx.Node, list[_Bypass]] = {}
     for node in graph.nodes:
-        found = _bypass(node)
+        found = bypass_of(node)
         if found is not None:
             by_input.setdefault(found.base.args[0], []).append(found)
     for x, group in by_input.items():
@@ -145,7 +145,8 @@ def _is_held(node: fx.Node) -> bool:
     return node.op == "call_function" and not _draws(node) and all(map(_is_held, node.all_input_nodes))
 
 
-def _bypass(total: fx.Node) -> _Bypass | None:
+def bypass_of(total: fx.Node) -> _Bypass | None:
+    """The bypass whose sum with a frozen linear is `total`, None if it is no such sum."""
     if not _is(total, aten.add.Tensor) or total.kwargs:
         return None
     base, scaled = total.args

@@ -6,11 +6,15 @@ The operators then run their CPU references, so the results can be compared with
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import surgeon
+from surgeon import compile as compiling
 from surgeon import on_gpu, ops
 from surgeon.loss import linear_cross_entropy
 from surgeon.numerics import quantise_4bit
@@ -124,3 +128,25 @@ def test_loss_and_its_gradients(on_a_gpu, options: dict[str, float]) -> None:  #
     torch.testing.assert_close(got, torch.cat([g.flatten() for g in torch.autograd.grad(loss(), leaves)]))
     with torch.no_grad():
         torch.testing.assert_close(on_a_gpu(loss)[0], loss())
+
+
+def test_a_bypass_over_codes_is_one_kernel(  # type: ignore[no-untyped-def]
+    on_a_gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In evaluation; on a CPU it stays the operators of the graph, bit for bit."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32)).save_pretrained(tmp_path)
+    model = surgeon.apply(tmp_path, "qlora", rank=3, targets="*.{q,v}_proj").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1 * parameter.requires_grad)
+    ids = torch.randint(32, (1, 9))
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        on_kernels, names = on_a_gpu(lambda: model(input_ids=ids).logits)
+        monkeypatch.setattr(compiling, "joined", lambda graph: graph)
+        compiling._codes.clear()
+        assert torch.equal(model(input_ids=ids).logits, logits)
+    compiling._codes.clear()
+    torch.testing.assert_close(on_kernels, logits)
+    assert set(names) & {"nf4_matmul", "nf4_dequantise", "nf4_linear"} == {"nf4_matmul"}
