@@ -33,6 +33,7 @@ HELP = {
     "max_grad_norm": "Clip gradients to this norm; 0: not.",
     "max_length": "Cut samples to this many tokens (the model's longest position).",
     "seed": "Of the order of samples and of dropout.",
+    "optimizer": "adamw, or paged: AdamW whose state leaves the device when there is no room for it.",
     "precision": f"{' or '.join(PRECISIONS)}; bf16 is autocast.",
     "gradient_checkpointing": "Recompute each layer in the backward pass: less memory, more time.",
     "eval_every": "Steps between evaluations (the last step only).",

@@ -28,7 +28,7 @@ class Preset:
 PRESETS: Mapping[str, Preset] = {
     "qlora": Preset(
         "LoRA on every linear over 4-bit NF4 weights with double quantisation; train it with --precision bf16 "
-        "--gradient-checkpointing (Dettmers et al. 2023)",
+        "--gradient-checkpointing --optimizer paged (Dettmers et al. 2023)",
         (("nf4", {}), ("lora", {"targets": ALL_LINEAR, "rank": 64, "alpha": 16.0, "dropout": 0.05})),
     ),
     "qa_lora": Preset(

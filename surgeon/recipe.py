@@ -10,6 +10,7 @@ from surgeon.errors import UsageError, nearest
 
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 PRECISIONS = ("fp32", "bf16")
+OPTIMISERS = ("adamw", "paged")
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,9 @@ class Recipe:
     (default: that of the method that was applied).
 
     A step is `gradient_accumulation` batches of `batch_size` samples. `weight_decay` is AdamW's, `max_grad_norm` clips
-    (0: not). `precision` "bf16" is autocast; parameters stay as they are. `eval_every` and `save_every` count steps.
+    (0: not). `optimizer` "paged" is AdamW whose state leaves the device when there is no room for it: bitsandbytes'
+    paged AdamW on CUDA where it is installed, otherwise AdamW, to the bit, with its state in a mapped file. `precision`
+    "bf16" is autocast; parameters stay as they are. `eval_every` and `save_every` count steps.
     """
 
     steps: int | None = None
@@ -34,6 +37,7 @@ class Recipe:
     max_grad_norm: float = 1.0
     max_length: int | None = None
     seed: int = 0
+    optimizer: str = "adamw"
     precision: str = "fp32"
     gradient_checkpointing: bool = False
     eval_every: int | None = None
@@ -47,7 +51,8 @@ class Recipe:
         for name in ("warmup", "weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name} = {getattr(self, name)} is below 0", "training options", "use 0 or more")
-        for name, known in (("scheduler", tuple(SCHEDULERS)), ("precision", PRECISIONS)):
+        named = (("scheduler", tuple(SCHEDULERS)), ("optimizer", OPTIMISERS), ("precision", PRECISIONS))
+        for name, known in named:
             value = getattr(self, name)
             if value not in known:
                 raise UsageError(f"unknown {name} `{value}`", "training options", f"use {nearest(value, known)}")

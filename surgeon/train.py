@@ -16,6 +16,7 @@ from torch import nn
 from surgeon.errors import UnsupportedError, UsageError
 from surgeon.hook import Hook, hooks_of
 from surgeon.loss_log import LossLog, ProgressBar, plot_log, read_log
+from surgeon.offload import paged_name
 from surgeon.passes.base import Pass
 from surgeon.recipe import SCHEDULERS, Recipe, make_recipe
 from surgeon.samples import Data, collator_for, samples_for
@@ -202,9 +203,16 @@ def _arguments(recipe: Recipe, out: Path, total: int, model: nn.Module, evaluate
         remove_unused_columns=False,
         dataloader_pin_memory=not cpu,
         use_cpu=cpu,
+        **_optimiser(recipe, model),
         report_to="none",
         disable_tqdm=True,
     )
+
+
+def _optimiser(recipe: Recipe, model: nn.Module) -> dict[str, str]:
+    """Trainer's own paged optimiser, where it is chosen and there is one."""
+    found = paged_name(next(model.parameters()).device.type) if recipe.optimizer == "paged" else ""
+    return {"optim": found} if found else {}
 
 
 def _report(

@@ -22,6 +22,7 @@ from surgeon.evaluate import evaluate
 from surgeon.evaluate_tasks import TaskReport
 from surgeon.hook import Hook
 from surgeon.loss_log import LossLog, ProgressBar
+from surgeon.offload import OffloadedAdamW
 from surgeon.rates import grouped
 from surgeon.render import Rendered
 from surgeon.task_loss import count_items
@@ -47,6 +48,10 @@ class SurgeonTrainer(transformers.Trainer):
         self.hooks, self.log_file, self.bar, self.run, self.tokenizer = hooks, log, bar, run, tokenizer
         self.bf16 = run["precision"] == "bf16"
         self.tokens_seen = self.tokens_logged = 0
+        args = options["args"]
+        if run["optimizer"] == "paged" and "paged" not in args.optim:
+            _, given = transformers.Trainer.get_optimizer_cls_and_kwargs(args)
+            options["optimizer_cls_and_kwargs"] = (OffloadedAdamW, {**given, "folder": args.output_dir})
         super().__init__(callbacks=[_HookCalls(hooks)], **options)
         self.remove_callback(transformers.PrinterCallback)
         self.began = time.perf_counter()

@@ -128,6 +128,18 @@ def assert_same_run(a: tuple[Path, StandIn, Noise], b: tuple[Path, StandIn, Nois
 # ---- resuming
 
 
+def test_a_paged_run_is_the_plain_one_and_resumes_to_it(tmp_path: Path) -> None:
+    whole, out = (tmp_path / "whole", small(), Noise()), tmp_path / "paged"
+    run(*whole, save_every=4)
+    with pytest.raises(KeyboardInterrupt):
+        run(out, small(), Noise(stop_at=6), save_every=4, optimizer="paged")
+    resumed = (out, small(), Noise())
+    assert run(*resumed, save_every=4, optimizer="paged", resume=True).resumed_from == 4
+    assert_same_run(whole, resumed)
+    with pytest.raises(UsageError, match="optimizer = paged, not adamw"):
+        run(out, small(), Noise(), resume=True)
+
+
 @pytest.mark.parametrize("save_every", [3, 4], ids=["at the end of an epoch", "in the middle of an epoch"])
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, save_every: int) -> None:
     whole = (tmp_path / "whole", small(), Noise())
