@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from surgeon.errors import UsageError
-from surgeon.passes.base import CONV1D, LINEAR, Cost, Pass, Skip
+from surgeon.passes.base import CONV1D, EXPERTS, LINEAR, Cost, Pass, Skip
 
 if TYPE_CHECKING:
     import torch
@@ -78,16 +78,16 @@ class Quantiser(Pass):
         from surgeon.sites import sites
         from surgeon.targets import targeted, unnamed_experts
 
-        shared = _shared(graph)
+        shared, whole = _shared(graph), f"{self.name} quantises linears alone, and not experts"
         chosen: list[Site | Skip] = []
-        for site in targeted(graph, sites(graph, *self.kinds), self.targets, self.exclude):
-            why = _taken(graph, site, shared) or self.unfit(site)
+        for site in targeted(graph, sites(graph, *self.kinds, EXPERTS), self.targets, self.exclude):
+            why = whole if site.kind == EXPERTS else _taken(graph, site, shared) or self.unfit(site)
             chosen.append(Skip(site.path, why) if why else site)
+        chosen += [Skip(site.path, whole) for site in unnamed_experts(graph, self.targets, self.exclude)]
         if not any(not isinstance(item, Skip) for item in chosen):
             reasons = "; ".join(f"{item.path}: {item.why}" for item in chosen[:3] if isinstance(item, Skip))
             raise UsageError(f"{self.name} has no weight to quantise", reasons or self.targets, "other --targets")
-        left = unnamed_experts(graph, self.targets, self.exclude)
-        return chosen + [Skip(site.path, f"{self.name} quantises linears alone, and not experts") for site in left]
+        return chosen
 
     def rewrite(self, edit: Edit, site: Site) -> None:
         """x Wᵀ + bias → the operator on x, bias and the parts of W."""

@@ -19,7 +19,7 @@ from surgeon.hold import is_held
 from surgeon.model import load_model
 from surgeon.module import load
 from surgeon.passes import PASSES, find, make
-from surgeon.passes.base import LINEAR, Adapter
+from surgeon.passes.base import EXPERTS, LINEAR, Adapter
 from surgeon.passes.quantiser import Quantiser
 from surgeon.quantised import WEIGHTS
 from surgeon.sites import sites
@@ -149,6 +149,40 @@ def test_every_adapter_stands_over_it_and_under_it(name: str, kind: str, family:
     assert merged.tensors == base.tensors
     assert close(outputs_of(merged), expected)
     assert torch.equal(outputs_of(without(over, {name})), outputs_of(quantised(kind, family)))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int3"])
+@pytest.mark.parametrize("name", ["prefix", "ptuning_v2", "prompt"])
+def test_virtual_tokens_over_it_are_those_over_the_dequantised_weights(name: str, kind: str) -> None:
+    """Prefixes and prompts touch no weight: over codes and over what they decode to they are the same, either order."""
+    base, step = graph_of("llama"), make(name, tokens=3)
+    over = randomised(run.apply(quantised(kind, "llama"), step))
+    plain = run.apply(dataclasses.replace(base, values=Decoded(over)), step)
+    expected = outputs_of(dataclasses.replace(plain, inserted={**plain.inserted, **own(over, plain)}))
+    assert close(outputs_of(over), expected)
+    under = run.apply(base, step, step_of(kind))
+    assert close(outputs_of(dataclasses.replace(under, inserted=over.inserted)), expected)
+    assert without(over, {name}).text() == quantised(kind, "llama").text()
+    assert torch.equal(outputs_of(without(over, {name})), outputs_of(quantised(kind, "llama")))
+
+
+def own(graph: Graph, plain: Graph) -> dict[str, Any]:
+    return {full: graph.inserted[full] for full in plain.inserted}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int4"])
+def test_experts_are_left_as_they_are_by_name(kind: str) -> None:
+    base = graph_of("mixtral")
+    chosen, skipped = run.chosen_sites(base, step_of(kind))
+    experts = {site.path for site in sites(base, EXPERTS)}
+    assert experts
+    assert {skip.path for skip in skipped if "experts" in skip.why} == experts
+    assert chosen
+    with pytest.raises(UsageError, match="no weight to quantise") as caught:
+        run.apply(base, dataclasses.replace(step_of(kind), targets="all-experts"))
+    assert "linears alone, and not experts" in caught.value.where
+    graph = run.apply(base, step_of(kind), adapter("lora"))
+    assert close(outputs_of(without(graph, {"lora", step_of(kind).name})), outputs_of(base))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int4"])
