@@ -1,6 +1,6 @@
 """What merging an adapter into a quantised base loses: surgeon's ways beside PEFT with bitsandbytes.
 
-    python -m benchmarks.merge_quantised [--out merge_quantised.md]
+    python -m benchmarks.merge_quantised --out benchmarks/merge_quantised.md
 
 A random Llama (hidden 256, 4 layers) is quantised, a random adapter of about 5 % of the weights' size is put on every
 linear and merged. Errors are ‖merged − adapted‖ / ‖adapted‖ of the logits of 64 random tokens, and
@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import tempfile
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from surgeon import api, run
 from surgeon.fold import by_weight, folds, value_of
 from surgeon.graph import Graph
+from surgeon.lower.saved import Saved, fitted
 from surgeon.lower.ways import way_graphs
 from surgeon.model import load_model
 from surgeon.normal import Base
@@ -88,6 +90,10 @@ def rows(folder: Path) -> list[tuple[str, str, str, float, float]]:
             for way, made in way_graphs(graph):
                 if way in ("zero-points", "dequant") and isinstance(made, Graph):
                     found.append(("surgeon", f"QA-LoRA, int{bits}, {dtype}", way, *_errors(graph, made, expected)))
+                if way == "zero-points" and isinstance(made, Graph) and wide == torch.float32:
+                    rounded = fitted(made, Saved(made, "gptq_v2"))
+                    kind = "zero-points, rounded to GPTQ's integers (refused)"
+                    found.append(("surgeon", f"QA-LoRA, int{bits}, {dtype}", kind, *_errors(graph, rounded, expected)))
     graph = adapted(folder, make("nf4"), make("lora", rank=RANK, targets="all-linear"))
     expected = logits(graph)
     for way, made in way_graphs(graph):
@@ -124,6 +130,22 @@ def _peft(folder: Path, graph: Graph) -> tuple[float, float]:
     return float((found - right).norm() / right.norm()), share
 
 
+def heading() -> str:
+    """What stands before the table, with the versions it was made with."""
+    names = ("torch", "peft", "bitsandbytes")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
+    return f"""# Merging into a quantised base
+
+`python -m benchmarks.merge_quantised --out benchmarks/merge_quantised.md` ({versions}, CPU): random adapters merged by
+surgeon, and the LoRA by PEFT with bitsandbytes too. Errors are ‖merged − adapted‖ / ‖adapted‖ of the logits, and
+‖W merged − W adapted‖ / ‖ΔW‖ over the weights of the linears: 1.0 means that as much was lost as the adapter is. Norms
+of a Llama are computed in fp32, so differences of fp64 weights below that do not reach its logits. `original` is
+another model than the adapter was trained on, by the error of the quantisation; so is `requant`, which quantises
+original + adapter. PEFT quantises the dequantised weights + adapter again, and merges no QA-LoRA. A merge into the
+integer zero points of GPTQ's form would lose what the rows with "refused" say; surgeon measures it and writes nothing.
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -135,6 +157,7 @@ def main() -> None:
             adapted(folder, make("nf4"), make("lora", rank=RANK, targets="all-linear")), lambda n: torch.zeros(())
         )
     lines = [
+        heading(),
         f"‖ΔW‖ / ‖W‖ = {share:.1%}",
         "",
         "| tool | adapter, base | way | logits | of the adapter lost |",
