@@ -157,16 +157,14 @@ class _Pass:
 
     def _add_on_gpu(self, chunk: Tensor, labels: Tensor, hidden: Tensor) -> bool:
         """`add` by the kernel that turns logits into losses and gradients; False where it is not the one to use."""
-        if not on_gpu.is_gpu(hidden):
+        if not on_gpu.scores(hidden, self.bias):
             return False
         logits = hidden @ self.weight.t()
         if self.own is not None:
             logits[:, self.index] = hidden @ self.own.t()
         head = self.head
-        losses = on_gpu.losses(logits, labels, self.bias, head.scale, head.softcap, gradient=self.any_grad)
-        if losses is None:
-            return False
-        self.losses.append(losses)
+        bias, gradient = self.bias, self.any_grad
+        self.losses.append(on_gpu.losses(logits, labels, bias, head.scale, head.softcap, gradient=gradient))
         if self.any_grad:
             self._backward(chunk, hidden, logits)
         return True

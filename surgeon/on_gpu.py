@@ -78,16 +78,21 @@ def linear(
     return result
 
 
+def scores(hidden: Tensor, bias: Tensor | None) -> bool:
+    """Whether `losses` takes the logits of these hidden states, which have their dtype."""
+    if not is_gpu(hidden):
+        return False
+    from surgeon.kernels.cross_entropy import can_use
+
+    return not can_use(hidden, bias)
+
+
 def losses(
     logits: Tensor, labels: Tensor, bias: Tensor | None, scale: float | None, softcap: float | None, *, gradient: bool
-) -> Tensor | None:
+) -> Tensor:
     """Cross-entropy of each row; the logits become their gradient (`surgeon.kernels.cross_entropy`)."""
-    if not is_gpu(logits):
-        return None
-    from surgeon.kernels.cross_entropy import can_use, cross_entropy_
+    from surgeon.kernels.cross_entropy import cross_entropy_
 
-    if can_use(logits, bias):
-        return None
     found: Tensor = cross_entropy_(logits, labels, bias, scale or 1.0, softcap or 0.0, gradient)
     return found
 

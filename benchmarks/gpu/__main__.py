@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.case import Case, cases, error
+from benchmarks.gpu.case import Case, cases, error, results
 from benchmarks.gpu.measure import bound, ceilings, milliseconds
 
 
@@ -51,10 +51,11 @@ def checked(case: Case) -> dict[str, Any]:
     """The errors of the kernel, and of the libraries for comparison."""
     row: dict[str, Any] = {"kernel": case.kernel, "shape": case.shape, "tolerance": case.tolerance}
     try:
-        row["error"] = error(case, case.run)
+        exact = results(case.exact)
+        row["error"] = error(case.run, exact)
+        row["library_errors"] = {name: error(run, exact) for name, run in case.libraries.items()}
     except Exception as failure:  # the other kernels are still to be measured
-        row |= {"error": float("inf"), "failure": f"{type(failure).__name__}: {failure}"[:500]}
-    row["library_errors"] = {name: error(case, run) for name, run in case.libraries.items()}
+        row = {"error": float("inf"), **row, "failure": f"{type(failure).__name__}: {failure}"[:500]}
     return row
 
 
@@ -79,7 +80,7 @@ def write(folder: Path, reached: dict[str, float], rows: list[dict[str, Any]]) -
     device = torch.cuda.get_device_name()
     versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
     found = {"device": device, "versions": versions, "reached": reached, "cases": rows}
-    path = folder / f"{re.sub(r'[^a-z0-9]+', '-', device.lower())}.json"
+    path = folder / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return path
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -47,10 +47,15 @@ def cases(device: torch.device, *, small: bool) -> list[Case]:
     return found
 
 
-def error(case: Case, run: Run) -> float:
+def results(run: Run) -> list[torch.Tensor]:
+    """What a run returns, as a list."""
+    result = run()
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def error(run: Run, exact: Sequence[torch.Tensor]) -> float:
     """max |run − exact| / max |exact|, the largest of the results; NaN counts as infinite."""
-    pairs = zip(_several(run()), _several(case.exact()), strict=True)
-    return max(_relative(got, exact) for got, exact in pairs)
+    return max(_relative(got, wanted) for got, wanted in zip(results(run), exact, strict=True))
 
 
 def bytes_of(*tensors: torch.Tensor | None) -> int:
@@ -71,7 +76,3 @@ def _relative(got: torch.Tensor, exact: torch.Tensor) -> float:
     scale = float(exact.double().abs().max()) or 1.0
     found = float((got.double() - exact.double()).abs().max()) / scale
     return found if found == found else float("inf")
-
-
-def _several(result: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    return [result] if isinstance(result, torch.Tensor) else list(result)

@@ -55,11 +55,15 @@ class Passes:
         return backward.launch(self.grad, self.q, self.k, self.v, None, out, lse, self.pattern)
 
     def exact_out(self) -> torch.Tensor:
-        wide = [x.to(self._wide) for x in (self.q, self.k, self.v)]
-        return forward.reference(wide[0], wide[1], wide[2], None, self.pattern)
+        return self._segments(*(x.to(self._wide) for x in (self.q, self.k, self.v)))
 
     def exact_gradients(self) -> tuple[torch.Tensor, ...]:
-        return self._gradients(lambda q, k, v: forward.reference(q, k, v, None, self.pattern), self._wide)
+        return self._gradients(self._segments, self._wide)
+
+    def _segments(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """K and V repeated: in fp32 SDPA has no kernel for grouped heads that forgoes the `[t, t]` scores."""
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        return forward.reference(q, k, v, None, self.pattern)
 
     def libraries(self) -> dict[str, Run]:
         """Full attention is another function: it is there for its time."""
