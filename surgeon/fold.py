@@ -7,10 +7,12 @@ the same names, lazily. Both know only `Normal`s.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
 from surgeon.errors import SurgeonError, UnsupportedError, UsageError
 from surgeon.graph import Graph, tag
@@ -85,10 +87,36 @@ def rows(graph: Graph) -> list[Fold]:
     return [item for item in rest(graph) if item.site.kind == EMBEDDING]
 
 
+Place = tuple[Site, str, Adapter]
+_places: weakref.WeakKeyDictionary[fx.Graph, tuple[object, list[Place]]] = weakref.WeakKeyDictionary()
+
+
 def _adapters(graph: Graph) -> list[Fold]:
+    tensors: dict[str, dict[str, Callable[[], torch.Tensor]]] = {}
+    for name, read in graph.inserted.items():
+        place, _, leaf = name.rpartition(".")
+        tensors.setdefault(place, {})[leaf] = read
+    return [
+        Fold(site, owner, step, {**tensors.get(owner, {}), **tensors.get(site.tensor(owner, "").removesuffix("."), {})})
+        for site, owner, step in _where(graph)
+    ]
+
+
+def _where(graph: Graph) -> list[Place]:
+    """Site, pass id and pass of every adapter; found once for graphs that differ in their tensors' values alone."""
+    layers, counts = tuple(graph.layers.values()), [len(part.nodes) for part in (graph.trunk, *graph.layers.values())]
+    key = (layers, counts, graph.applied, graph.ties)
+    known = _places.get(graph.trunk)
+    if known is None or known[0] != key:
+        known = ((*key[:3], dict(graph.ties)), _search(graph))
+        _places[graph.trunk] = known
+    return known[1]
+
+
+def _search(graph: Graph) -> list[Place]:
     passes = {owner: step for owner, step in owners(graph.applied).items() if isinstance(step, Adapter)}
     at = {(site.layer, site.node): site for site in sites(graph)}
-    found: dict[tuple[str, str], Fold] = {}
+    found: dict[tuple[str, str], Place] = {}
     for part, prefixes in graph.parts():
         for node in part.nodes:
             mark = tag(node)
@@ -99,19 +127,9 @@ def _adapters(graph: Graph) -> list[Fold]:
                 if site is not None and (site.path, mark.owner) not in found:
                     step = passes[mark.owner].at(site)
                     assert isinstance(step, Adapter)
-                    found[site.path, mark.owner] = Fold(site, mark.owner, step, _params(graph, site, mark.owner))
+                    found[site.path, mark.owner] = (site, mark.owner, step)
     rank = {owner: position for position, owner in enumerate(passes)}
-    return sorted(found.values(), key=lambda f: rank[f.owner])
-
-
-def _params(graph: Graph, site: Site, owner: str) -> dict[str, Callable[[], torch.Tensor]]:
-    own, shared = site.tensor(owner, ""), f"{owner}."
-    return {
-        name.removeprefix(prefix): graph.inserted[name]
-        for prefix in (shared, own)
-        for name in graph.inserted
-        if name.startswith(prefix) and "." not in name.removeprefix(prefix)
-    }
+    return sorted(found.values(), key=lambda place: rank[place[1]])
 
 
 def by_weight(graph: Graph, found: list[Fold]) -> dict[str, list[Fold]]:

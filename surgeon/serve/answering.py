@@ -7,10 +7,15 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+from surgeon.errors import SurgeonError
 from surgeon.serve.answers import Answer, Shape
 from surgeon.serve.protocol import Body, ChatBody, CompletionBody
 from surgeon.serve.request import Event, Request
 from surgeon.serve.service import Service
+
+
+class Gone(SurgeonError):
+    """Nobody waits for the answer any more."""
 
 
 class Answering:
@@ -41,6 +46,7 @@ class Answering:
         """The client has gone: stop."""
         for request in self.requests:
             self.service.cancel(request)
+        self._events.put_nowait((0, Event(error=Gone("the client has gone"))))
 
     async def events(self) -> AsyncIterator[tuple[Answer, Event]]:
         """News of all answers until the last is complete; raises the first error."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import time
 from collections.abc import Iterator
 
 import openai
@@ -93,14 +94,18 @@ def test_stop_strings_seeds_and_several_answers(client: openai.OpenAI) -> None:
     assert one.choices[0].text != one.choices[1].text
 
 
-def test_a_disconnect_frees_the_memory(running: Running, client: openai.OpenAI) -> None:
-    stream = client.completions.create(model="prefix", prompt=PROMPT, max_tokens=300, temperature=0, stream=True,
-                                       extra_body={"ignore_eos": True})  # fmt: skip
+def test_a_client_that_leaves_frees_the_memory(running: Running, client: openai.OpenAI) -> None:
+    asked = {"model": "prefix", "prompt": PROMPT, "max_tokens": 1500, "temperature": 0}
+    more = {"extra_body": {"ignore_eos": True}}
+    stream = client.completions.create(**asked, **more, stream=True)  # type: ignore[call-overload]
     next(iter(stream))
     stream.close()
-    for _ in range(200):
-        if not running.server.service.do(lambda: running.server.service.scheduler.running):
-            break
-    memory = running.server.service.engine.memory
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(max_retries=0).completions.create(**asked, **more, timeout=1.0)  # type: ignore[call-overload]
+    service = running.server.service
+    deadline = time.monotonic() + 60
+    while service.do(lambda: service.scheduler.running) or service.scheduler.waiting:
+        assert time.monotonic() < deadline
+    memory = service.engine.memory
     assert memory.promised == 0
     assert memory.pool.free + sum(len(found.pages) for found in memory.residents.values()) == memory.pool.pages
