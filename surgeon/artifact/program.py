@@ -23,6 +23,10 @@ from surgeon.graph import Graph, TensorSpec
 
 _NAMESPACES = ("aten", "surgeon")
 _MODULES = {"operator": operator, "_operator": operator, "math": math}
+_ARITHMETIC = (
+    "getitem", "add", "sub", "mul", "truediv", "floordiv", "mod", "neg", "pow", "eq", "ne", "lt", "le", "gt", "ge",
+    "and_", "or_", "not_", "floor", "ceil", "trunc", "sqrt",
+)  # fmt: skip
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"torch.{name}": getattr(torch, name) for name in ("sym_float", "sym_int", "sym_max", "sym_min", "sym_not")
 }
@@ -141,7 +145,7 @@ def _name(node: fx.Node) -> str:
     if isinstance(target, torch._ops.OpOverload) and target.namespace in _NAMESPACES:
         return str(target)
     module, name = getattr(target, "__module__", ""), getattr(target, "__name__", "")
-    if module in _MODULES and getattr(_MODULES[module], name, None) is target:
+    if module in _MODULES and name in _ARITHMETIC and getattr(_MODULES[module], name, None) is target:
         return f"{module.removeprefix('_')}.{name}"
     known = next((text for text, function in _FUNCTIONS.items() if function is target), None)
     if known is None:
@@ -154,7 +158,7 @@ def _function(text: str) -> Callable[..., Any]:
     space, _, name = text.partition(".")
     if text in _FUNCTIONS:
         return _FUNCTIONS[text]
-    if space in _MODULES and hasattr(_MODULES[space], name):
+    if space in _MODULES and name in _ARITHMETIC and hasattr(_MODULES[space], name):
         found: Callable[..., Any] = getattr(_MODULES[space], name)
         return found
     if space in _NAMESPACES:

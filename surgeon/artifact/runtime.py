@@ -166,7 +166,8 @@ class Artifact:
         if self._binaries is None:
             yield
             return
-        with launcher(self._binaries):
+        current = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        with current, launcher(self._binaries):  # the driver launches in the context that is current
             yield
 
 
@@ -221,7 +222,7 @@ def _device(name: str) -> torch.device:
 
 def _binaries(folder: Path, manifest: Manifest, device: torch.device) -> Binaries:
     arch, text = choose(manifest.archs, torch.cuda.get_device_capability(device), str(folder))
-    torch.zeros(1, device=device)  # the driver launches in the context that torch has made current
+    torch.zeros(1, device=device)  # makes the context
     return Binaries(
         folder, manifest.kernels, arch, text, Driver(), lambda: torch.cuda.current_stream(device).cuda_stream
     )

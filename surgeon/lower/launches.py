@@ -27,8 +27,8 @@ from surgeon.kernels.pages import plan
 FALLBACK = "sm_80"
 """Its PTX runs on every later GPU."""
 META = torch.device("meta")
-DECODE, PREFILL = (1, 3, 19, 67), (2, 19, 35, 75, 131, 2117)
-"""Requests in a step, and tokens of a prompt."""
+DECODE, PREFILL = (1, 3, 19, 67), (2, 19, 35, 75, 131, 4117)
+"""Requests in a step, and tokens of a prompt: on both sides of every number at which a kernel changes its tiles."""
 
 
 @dataclass(frozen=True)

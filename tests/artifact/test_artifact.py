@@ -145,6 +145,15 @@ def test_runs_without_transformers_and_triton(merged: Path) -> None:
     assert json.loads(done.stdout) == open_artifact(merged).generate([[5, 17, 3]], 4)
 
 
+def test_a_program_calls_nothing_but_operators(merged: Path) -> None:
+    manifest = form.read_manifest(merged)
+    found, values = form.read_program(merged, manifest), load_file(merged / form.WEIGHTS)
+    for name in ("os.system", "operator.methodcaller", "builtins.eval", "aten.no_such_operator.default"):
+        found["trunk"][-2][2] = name
+        with pytest.raises(UnsupportedError, match=r"may not call|is not here"):
+            from_json(found, values, str(merged))
+
+
 def broken(folder: Path, kind: str) -> None:
     """Damage an artifact."""
     manifest = json.loads((folder / form.FILE).read_text())
