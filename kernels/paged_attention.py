@@ -34,6 +34,8 @@ from surgeon.kernels.pages import LENGTH, POSITION, REQUEST, START, padded, plan
 
 __all__ = ["can_use", "paged_attention", "plan", "reference", "slots", "write_pages"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TOGETHER = 1 << 15
+"""Numbers in a request's keys up to which a call of its own costs more than copying them beside those of others."""
 
 
 def reference(
@@ -50,7 +52,7 @@ def reference(
     softcap: float = 0.0,
     windowed: bool = True,
 ) -> torch.Tensor:
-    """The equation above, request by request; one-row requests of about the same length together.
+    """The equation above, request by request; short one-row requests of about the same length together.
 
     Args:
         q: queries `[n, h, d]`.
@@ -73,11 +75,16 @@ def reference(
     together: dict[tuple[int, int], list[list[int]]] = {}
     for run in _runs(segments):
         prefix = counts[run[REQUEST]]
-        if run[LENGTH] == 1 and sinks is None and not softcap:
+        few = (prefix + run[POSITION] + 1) * k_pages.shape[2] * k_pages.shape[3] <= TOGETHER
+        if few and run[LENGTH] == 1 and sinks is None and not softcap:
             together.setdefault((run[POSITION].bit_length(), prefix), []).append(run)
             continue
         k, v = (_keys(pages, blocks[run[REQUEST]], prefix, run[POSITION] + run[LENGTH]) for pages in (k_pages, v_pages))
         rows = slice(run[START], run[START] + run[LENGTH])
+        if run[LENGTH] == 1 and sinks is None and not softcap and not 0 < window <= prefix + run[POSITION]:
+            own = q[rows].view(1, k.shape[1], -1, q.shape[2])  # query heads as queries of their key head, read once
+            result[rows] = F.scaled_dot_product_attention(own, k, v, scale=scale).reshape(1, q.shape[1], -1)
+            continue
         found = ops.attention(
             q[rows].transpose(0, 1)[None], k, v, None, None, sinks,
             scale=scale, causal=True, window=window, softcap=softcap, prefix=0 if windowed else prefix,
