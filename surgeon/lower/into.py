@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgeon import context
 from surgeon.coded import CodedCheckpoint
 from surgeon.errors import CheckFailed, UsageError
 from surgeon.graph import Graph
+from surgeon.heads import head_config
 from surgeon.hold import holders
 from surgeon.lower.merge import Merged, merge
 from surgeon.lower.quantise import Replay
@@ -94,7 +96,11 @@ def merge_into(
     if holders(made):
         made = _fit(made, form, probes, release, str(out), accept_error)
     replay = Replay(made, source, probes, Path(out))
-    written = write_quantised(made, source, out, form=form, overwrite=overwrite, weights=graph.values, check=replay)
+    scaled = context.update(graph.config, source.checkpoint.config) if graph.context else {}
+    written = write_quantised(
+        made, source, out, form=form, overwrite=overwrite, weights=graph.values, check=replay,
+        config_update=head_config(graph) | scaled,
+    )  # fmt: skip
     return Into(into, found, quantised=written, comparison=replay.comparison)
 
 

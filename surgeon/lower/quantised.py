@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,6 +47,7 @@ def write_quantised(
     form: str = "",
     overwrite: bool = False,
     weights: Mapping[str, torch.Tensor] | None = None,
+    config_update: Mapping[str, Any] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     check: Callable[[Path], None] = lambda folder: None,
 ) -> Written:
@@ -60,6 +62,7 @@ def write_quantised(
         form: of the codes, see `surgeon.forms`.
         overwrite: replace an existing folder.
         weights: the base's own values, where those of `graph` are others: what differs is written as it is in `graph`.
+        config_update: fields of config.json that are others than the base's.
         progress: called with (tensor, bytes done, bytes in all).
         check: called with the whole folder before it gets its name.
 
@@ -95,7 +98,7 @@ def write_quantised(
         if len(shards) > 1 or shards[0][0].file.name != SINGLE:
             write_index(folder, weight_map, {"total_size": total})
         codes = {"quantization_config": saved.config()} if saved is not None else {}
-        copy_auxiliary(source.checkpoint, folder, {**source.checkpoint.config, **codes})
+        copy_auxiliary(source.checkpoint, folder, {**source.checkpoint.config, **(config_update or {}), **codes})
         check(folder)
     return Written(Path(out), tuple(held.values()), total, saved.writer.name if saved is not None else "")
 
