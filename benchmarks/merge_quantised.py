@@ -142,7 +142,8 @@ surgeon, and the LoRA by PEFT with bitsandbytes too. Errors are ‖merged − ad
 of a Llama are computed in fp32, so differences of fp64 weights below that do not reach its logits. `original` is
 another model than the adapter was trained on, by the error of the quantisation; so is `requant`, which quantises
 original + adapter. PEFT quantises the dequantised weights + adapter again, and merges no QA-LoRA. A merge into the
-integer zero points of GPTQ's form would lose what the rows with "refused" say; surgeon measures it and writes nothing.
+integer zero points of GPTQ's form would lose what the rows with "refused" say (the base's own zero points, floating
+point too, are rounded with the adapter); surgeon measures it and writes nothing.
 """
 
 

@@ -75,6 +75,7 @@ class Pass:
         offered: whether users apply it by its name; the others are surgeon's own.
         training_only: whether it changes nothing but how the model trains, so that what is deployed is without it.
         learning_rate: AdamW's, where the user names none.
+        hint_twice: what to try where it is applied already and does not stack.
     """
 
     name: ClassVar[str] = ""
@@ -84,6 +85,7 @@ class Pass:
     offered: ClassVar[bool] = False
     training_only: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 2e-4
+    hint_twice: ClassVar[str] = "start from a graph without it"
 
     @property
     def derived(self) -> bool:

@@ -35,6 +35,7 @@ class Quantiser(Pass):
     stacks: ClassVar[bool] = False
     offered: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 0.0
+    hint_twice: ClassVar[str] = "the base is in codes: name the adapter alone, --method lora or qalora"
     kinds: ClassVar[tuple[str, ...]] = (LINEAR, CONV1D)
     targets: str = "all-linear"
     exclude: str = ""

@@ -125,7 +125,7 @@ def plan(model: Graph | Source | PretrainedConfig | str | Path, *passes: Pass, t
     done = graph.copy()
     for step in passes:
         if not step.stacks and any(before.name == step.name for before in done.applied):
-            raise UsageError(f"{step.name} is already applied", graph.source, "name it once")
+            raise UsageError(f"{step.name} is already applied", graph.source, step.hint_twice)
         step = step.fitted(done)
         step.requires(done)
         chosen, left_out = chosen_sites(done, step)

@@ -57,7 +57,7 @@ def apply(graph: Graph, *steps: Pass, seed: int = 0, tokenizer: Any = None) -> G
 
 def _apply_one(graph: Graph, step: Pass, seed: int, tokenizer: Any) -> Graph:
     if not step.stacks and any(done.name == step.name for done in graph.applied):
-        raise UsageError(f"{step.name} is already applied", graph.source, "start from a graph without it")
+        raise UsageError(f"{step.name} is already applied", graph.source, step.hint_twice)
     step = step.fitted(graph)
     step.requires(graph)
     chosen, _ = chosen_sites(graph, step)

@@ -249,8 +249,9 @@ def test_it_generates_with_a_cache(kind: str) -> None:
 @every
 def test_what_is_quantised_is_not_quantised_again(kind: str) -> None:
     graph = quantised(kind, "llama")
-    with pytest.raises(UsageError, match="already applied"):
+    with pytest.raises(UsageError, match="already applied") as caught:
         run.apply(graph, step_of(kind))
+    assert "name the adapter alone" in caught.value.hint
     other = "int4" if step_of(kind).name == "nf4" else "nf4"
     with pytest.raises(UsageError, match="no weight to quantise") as caught:
         run.apply(graph, step_of(other))
