@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from surgeon.kernels.aot import Variant
-from surgeon.kernels.jit import TYPES, Int, Ptr, Tile, kernel, missing
+from surgeon.kernels.jit import Int, Ptr, Tile, kernel, missing
 from surgeon.kernels.operators import operator
 from surgeon.numerics_int import Groups, dequantise_groups
 
@@ -139,9 +139,5 @@ def _variant(bits: int, dtype: str, group: int) -> Variant:
 
 
 VARIANTS = tuple(
-    _variant(bits, dtype, group)
-    for bits in (3, 2, 4, 8)
-    for dtype in map(TYPES.get, DTYPES[:0:-1])
-    if dtype
-    for group in (32, 64, 128)
+    _variant(bits, dtype, group) for bits in (3, 2, 4, 8) for dtype, group in (("bf16", 32), ("fp16", 128))
 )

@@ -105,8 +105,5 @@ def _variant(bits: int, dtype: str, rows: int, rank: int, group: int) -> Variant
 VARIANTS = tuple(
     _variant(bits, dtype, rows, rank, group)
     for bits in (3, 4, 2, 8)
-    for group in (32, 128)
-    for rows in (16, 32)
-    for rank in (16, 0)
-    for dtype in ("bf16", "fp16")
+    for dtype, rows, rank, group in (("bf16", 16, 16, 32), ("bf16", 32, 64, 128), ("fp16", 32, 0, 16))
 )

@@ -3,8 +3,8 @@
     o_i = Σ_j softmax_j(scale · q_i k_j) v_j over the j in the segment of i, j <= i if causal, j > i − window if given
 
 q `[b, h, t, d]`, k and v `[b, h_kv, t, d]` in any layout with d contiguous; mask `[b, t]`, True where the key is a
-token. Query head i reads K/V head ⌊i · h_kv / h⌋ where it lies: nothing is repeated. A row that sees no key is
-0, as are the rows before the first token. The forward pass also keeps lse `[b, h, t]`, log2 Σ exp2 of each row.
+token. Query head i reads K/V head ⌊i · h_kv / h⌋ where it lies: nothing is repeated. A row that sees no key is 0, as
+are the rows before the first token. The forward pass also keeps lse `[b, h, t]`, log2 Σ exp2 of each row.
 
 Tiles: a program owns BM queries of one segment and walks over the keys of that segment, so no key outside is read and
 none has to be compared (`surgeon.kernels.shifted_tiles`). The work is t · G / 2 products for each head instead of

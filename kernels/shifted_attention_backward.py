@@ -17,6 +17,8 @@ those of its query heads that lie in one half, and the two parts are summed afte
 
 from __future__ import annotations
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -177,9 +179,21 @@ OPTIONS = {"warps": 8, "stages": 2}
 
 
 def _differentiated(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> Any:
-    """On a CPU: the reference differentiated."""
-    pattern = Pattern(*rest[2:])
-    return torch.func.vjp(lambda a, b, c: reference(a, b, c, mask, pattern), q, k, v)[1](grad)
+    """On a CPU: the reference differentiated, laid out as on a GPU."""
+
+    def differentiate() -> tuple[Tensor, ...]:
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = reference(leaves[0], leaves[1], leaves[2], mask, Pattern(*rest[2:]))
+        return torch.autograd.grad(out, leaves, grad)
+
+    with ThreadPoolExecutor(1) as thread:  # in this one autograd is off, as in every kernel of an operator
+        found = thread.submit(differentiate).result()
+    return tuple(made.copy_(gradient) for made, gradient in zip(_gradients(grad, q, k, v), found, strict=True))
+
+
+def _gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for dQ, laid out as q, and for dK and dV."""
+    return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 _PATTERN = "float scale, int group, bool causal, bool wrap, int window"
@@ -187,7 +201,7 @@ shifted_attention_op = operator(
     f"shifted_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, {_PATTERN}) -> (Tensor, Tensor)",
     launch=lambda q, k, v, mask, *pattern: shifted_attention.launch(q, k, v, mask, Pattern(*pattern)),
     reference=lambda q, k, v, mask, *pattern: (
-        reference(q, k, v, mask, Pattern(*pattern)).clone(memory_format=torch.preserve_format),
+        torch.empty_like(q).copy_(reference(q, k, v, mask, Pattern(*pattern))),
         q.new_zeros(q.shape[:3], dtype=torch.float32),
     ),
     fake=lambda q, k, v, mask, *pattern: (torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)),
@@ -199,7 +213,7 @@ shifted_attention_backward_op = operator(
     f"{_PATTERN}) -> (Tensor, Tensor, Tensor)",
     launch=lambda grad, q, k, v, mask, out, lse, *p: launch(grad, q, k, v, mask, out, lse, Pattern(*p)),
     reference=_differentiated,
-    fake=lambda grad, q, k, v, *rest: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
+    fake=_gradients,
 )
 """The gradients of q, k and v."""
 
@@ -229,10 +243,5 @@ def _variants(dtype: str, size: int, masked: bool) -> tuple[Variant, Variant]:
     )
 
 
-VARIANTS = tuple(
-    made
-    for size in (128, 64)
-    for dtype in ("bf16", "fp16")
-    for masked in (True, False)
-    for made in _variants(dtype, size, masked)
-)
+_KINDS = itertools.product(("bf16", "fp16"), (128, 64), (True, False))
+VARIANTS = tuple(itertools.chain.from_iterable(_variants(*kind) for kind in _KINDS))

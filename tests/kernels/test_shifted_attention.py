@@ -101,6 +101,7 @@ def test_text_of_padding_alone_is_zero() -> None:
 
 def test_operator_trains_and_is_one_node() -> None:
     q, k, v, grad = inputs(4, 2, 16, 8)
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
     arguments = (padded(16, 3, 5), 0.3, 6, True, False, 0)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     out, _ = torch.ops.surgeon.shifted_attention(*leaves, *arguments)
@@ -110,7 +111,11 @@ def test_operator_trains_and_is_one_node() -> None:
     for ours, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
     opcheck = torch.library.opcheck
-    opcheck(backward.shifted_attention_op, (*leaves, *arguments), test_utils=("test_schema", "test_faketensor"))
+    checks = ("test_schema", "test_faketensor")
+    opcheck(backward.shifted_attention_op, (*leaves, *arguments), test_utils=checks)
+    mask, *pattern = arguments
+    kept = (mask, out.detach(), torch.zeros(2, 4, 16))
+    opcheck(backward.shifted_attention_backward_op, (grad, q, k, v, *kept, *pattern), test_utils=checks)
 
 
 @pytest.mark.parametrize(
