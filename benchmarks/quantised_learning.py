@@ -15,7 +15,7 @@ A run is a method over a grid; its rows are the ways to deploy it:
     zero-points  QA-LoRA's merge: codes and scales stay, nothing is lost
 
 Every run is made at every rate with the first seed; every way counts at the rate that is best for it, and the other
-seeds run at those rates. Rows with GPTQ appear where `intq` can be calibrated.
+seeds run at those rates. QA-LoRA's zero points are GPTQ's own where its base is.
 """
 
 from __future__ import annotations
@@ -45,18 +45,10 @@ QALORA_RATE = 1 / 4
 """QA-LoRA's adapters read sums of 32 inputs, about √32 times as large: its rates are smaller by this."""
 
 
-def calibration() -> str:
-    """The option of `intq` that calibrates, "" if there is none."""
-    from surgeon.passes.intq import IntQ
-
-    names = {field.name for field in dataclasses.fields(IntQ)}
-    return next((name for name in ("calibration", "calibrate", "gptq") if name in names), "")
-
-
 def grids() -> list[str]:
-    """Names of the grids, GPTQ's among them where it can be used."""
+    """Names of the grids; integers are the nearest ones, or GPTQ's on the training file."""
     plain = ["nf4", "int4", "int3", "int2"]
-    return [*plain, *(f"{name} gptq" for name in plain[1:] if calibration())]
+    return [*plain, *(f"{name} gptq" for name in plain[1:])]
 
 
 def quantiser(grid: str) -> Any:
@@ -65,14 +57,15 @@ def quantiser(grid: str) -> Any:
 
     if grid == "nf4":
         return make("nf4")
-    options = {calibration(): str(TRAIN)} if grid.endswith("gptq") else {}
+    options = {"calibration": str(TRAIN)} if grid.endswith("gptq") else {}
     return make("intq", bits=int(grid[3]), group=GROUP, **options)
 
 
 def runs() -> list[tuple[str, str]]:
     """(method, grid of its base) of every run; "fp32" is no grid."""
     low = [grid for grid in grids() if grid != "nf4"]
-    return [("lora", "fp32"), *(("qlora", grid) for grid in ("nf4", *low)), *(("qalora", grid) for grid in low)]
+    plain = [grid for grid in grids() if not grid.endswith("gptq")]
+    return [("lora", "fp32"), *(("qlora", grid) for grid in plain), *(("qalora", grid) for grid in low)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,8 +221,8 @@ def main() -> None:
     """Measure what is missing, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rates", nargs="+", type=float, default=[4e-3, 8e-3, 1.3e-2])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rates", nargs="+", type=float, default=[5e-3, 1e-2])
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
