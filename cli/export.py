@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def command(
     folder: Annotated[Path, typer.Argument(help="Work folder, PEFT adapter folder or checkpoint.")] = Path("work"),
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; default: the target.")] = None,
-    target: Annotated[str, typer.Option(help="onnx, triton, or hf (the same as surgeon merge).")] = "onnx",
+    target: Annotated[str, typer.Option(help="onnx, triton, hf (as surgeon merge), vllm or sglang.")] = "onnx",
     precision: Annotated[
         str, typer.Option(help="onnx: fp32 or fp16; triton: bf16 too. Default: onnx fp32, triton the base's own.")
     ] = "",
@@ -37,7 +37,9 @@ def command(
 
     For onnx: one model.onnx with K/V cache for prefill and decode, replayed in ONNX Runtime for 20 greedy tokens, alone
     and in a left-padded batch. For triton: binaries for the named architectures, weights and a program (surgeon run),
-    replayed here without a GPU. Exits with 1 and leaves nothing behind if it computes something else.
+    replayed here without a GPU. For vllm and sglang: the adapter as the LoRA they read, refused where they would leave
+    a part of it out, and the command that serves it. Exits with 1 and leaves nothing behind if it computes something
+    else.
 
     Examples:
         surgeon export work/ --target onnx -o onnx/
@@ -64,6 +66,8 @@ def command(
         from surgeon.lower.triton import summary as built
 
         output.emit(built(report), json)
+    elif target in ("vllm", "sglang"):
+        output.emit(vars(report), json)
     else:
         from surgeon.cli.merge import summary as merged
 

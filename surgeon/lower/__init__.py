@@ -11,7 +11,7 @@ from surgeon.errors import UnsupportedError, UsageError, nearest
 if TYPE_CHECKING:
     from surgeon.model import SurgeonModel
 
-TARGETS = {"hf": "surgeon.lower.to_hf", "onnx": "surgeon.lower.to_onnx", "triton": "surgeon.lower.to_triton"}
+TARGETS = {name: f"surgeon.lower.to_{name}" for name in ("hf", "onnx", "triton", "vllm", "sglang")}
 """Target → module with `export(work, out, **options)`, imported when it is asked for."""
 
 
