@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -73,6 +73,44 @@ def test_binary(name: str) -> None:
     assert record["grid"] == ["M/BM", "N/BN"]
     assert record["constants"] == {"BM": 32, "BN": 32, "BK": 16}
     assert 16 < record["registers"] < 256
+
+
+class NoDevice:
+    """What Triton asks a driver before it launches, of a GPU that is not there."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> object:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+def test_launch_on_a_gpu_up_to_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arguments are bound by name, specialised and compiled for."""
+    from triton.runtime.driver import driver
+
+    def compiled_only(call: jit.Call) -> None:
+        chosen = jit.options(call.warps, call.stages, 32, amd=False)
+        run = call.kernel.compiled.run
+        made.append(run(grid=call.grid, warmup=True, **call.arguments, **call.constants, **chosen))
+
+    made: list[Any] = []
+    monkeypatch.setattr(driver, "_active", NoDevice())
+    with jit.launcher(compiled_only):
+        launched(torch.randn(20, 32), torch.randn(40, 32))
+    assert made[0].metadata.name == "product"
+    assert made[0].metadata.num_warps == 4
+
+
+def test_options_of_amd() -> None:
+    """As many threads in wider warps, and a stage fewer."""
+    assert jit.options(8, 2, 64, amd=True) == {"num_warps": 4, "num_stages": 1}
+    assert jit.options(1, 1, 64, amd=True) == {"num_warps": 1, "num_stages": 1}
 
 
 def test_refused_by_the_compiler() -> None:
