@@ -120,6 +120,9 @@ def test_an_adapter_over_a_quantised_checkpoint(base: Path, tmp_path: Path) -> N
         ({"quant_method": "awq"}, r"quantised \(awq\)"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "8 bits"),
         ({"quant_method": "gptq", "bits": 4}, "none is"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format is marlin"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*down.*": {"bits": 8}}}, "widths of their own"),
+        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "float-quantized"),
     ],
 )
 def test_what_is_not_read_is_refused(base: Path, config: dict[str, Any], what: str, tmp_path: Path) -> None:

@@ -103,7 +103,16 @@ class GptqV1Writer(GptqWriter):
 
 
 class GptqReader(Reader):
-    """Both versions, in the order of the inputs only."""
+    """Both versions, in the order of the inputs only, and with one width for all."""
+
+    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+        super().__init__(config, dtype)
+        self.version = str(config.get("checkpoint_format") or config.get("format") or "gptq")
+        hint = "quantise it in the format gptq or gptq_v2, or take the original weights"
+        if self.version not in (GptqWriter.name, GptqV1Writer.name):
+            raise UnsupportedError(f"its checkpoint_format is {self.version}", "quantization_config", hint)
+        if own := [pattern for pattern, options in (config.get("dynamic") or {}).items() if options]:
+            raise UnsupportedError(f"modules have widths of their own ({own[0]})", "quantization_config", hint)
 
     def weights(self, raw: Checkpoint) -> dict[str, list[str]]:
         """Those with a qweight."""
@@ -125,7 +134,7 @@ class GptqReader(Reader):
         return found
 
     def _zeros(self, stored: torch.Tensor, bits: int) -> torch.Tensor:
-        first = str(self.config.get("checkpoint_format") or self.config.get("format") or "gptq") == "gptq"
+        first = self.version == GptqV1Writer.name
         if first and bits != 3:  # codes of 3 bits do not lie in one word each
             stored = stored + int(sum(1 << shift for shift in range(0, 31, bits)))
         zeros = unpack(stored.contiguous().view(torch.uint8), bits)
