@@ -91,6 +91,7 @@ def totals(plan: Plan) -> dict[str, str]:
     flops, trained = plan.flops_per_token, sum(site.trainable_parameters > 0 for site in plan.sites)
     added = 100 * flops.adapter / max(flops.base, 1)
     size = output.size(plan.bytes.base)
+    size += f", quantised {output.size(plan.bytes.quantised)}" if plan.bytes.quantised != plan.bytes.base else ""
     size += f", in memory {output.size(plan.bytes.memory)}" if plan.bytes.memory != plan.bytes.base else ""
     return {
         "model": f"{plan.model}, {plan.task} · {plan.base_parameters:,} parameters · {size}",
