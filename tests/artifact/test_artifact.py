@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from surgeon.artifact.binaries import Binaries
 from surgeon.artifact.program import from_json
 from surgeon.artifact.runtime import Artifact, open_artifact
 from surgeon.errors import CheckFailed, SurgeonError, UnsupportedError, UsageError
-from surgeon.lower import triton
+from surgeon.lower import launches, triton
 from surgeon.lower.triton import export_triton
 from tests.artifact.conftest import adapted
 from tests.artifact.test_driver import Fake, library
@@ -71,6 +72,9 @@ MORE: dict[str, tuple[str, list[tuple[str, dict[str, Any]]], bool | None]] = {
     "experts": ("mixtral", [], None),
     "partial rotary": ("gpt_neox", [], None),
     "positions by mask": ("opt", [], None),
+    "sinks": ("gpt_oss", [], None),
+    "values narrower than keys": ("deepseek_v3", [], None),
+    "layers that share keys": ("gemma3n_text", [], None),
 }
 
 
@@ -240,6 +244,24 @@ def test_a_wrong_artifact_is_not_kept(merged: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(CheckFailed, match="generates other tokens"):
         export_triton(adapted("llama"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_binary_that_spills_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that cannot be launched is not."""
+    built = iter(
+        [CheckFailed("spills"), SimpleNamespace(spilled=8), CheckFailed("scratch"), SimpleNamespace(spilled=0)]
+    )
+
+    def build(*_: Any, **__: Any) -> Any:
+        found = next(built)
+        if isinstance(found, CheckFailed):
+            raise found
+        return found
+
+    monkeypatch.setattr(launches, "build", build)
+    assert launches.compiled([SimpleNamespace()], ["sm_80"])[0].spilled == 8  # type: ignore[list-item]
+    with pytest.raises(CheckFailed, match="scratch"):
+        launches.compiled([SimpleNamespace()], ["sm_80"])  # type: ignore[list-item]
 
 
 def test_ties() -> None:
