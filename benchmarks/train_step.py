@@ -99,7 +99,7 @@ def compiled_model(base: str, method: str, precision: str) -> Any:
     return torch.compile(peft_model(base, method, precision))
 
 
-def frozen_model(base: str, method: str) -> Any:
+def frozen_model(base: str, method: str, precision: str) -> Any:
     """The base alone, with the gradient of its input: what a step costs without adapters."""
     import transformers
 

@@ -23,6 +23,13 @@ def command(
     precision: Annotated[
         str, typer.Option(help="onnx: fp32 or fp16; triton: bf16 too. Default: onnx fp32, triton the base's own.")
     ] = "",
+    codes: Annotated[
+        bool,
+        typer.Option(help="onnx: keep quantised weights in codes; without, they are decoded and adapters folded in."),
+    ] = True,
+    four_bit: Annotated[
+        str, typer.Option(help="onnx: NF4 as standard operators, decoded at load, or as bnb4 (MatMulBnb4, for GPUs).")
+    ] = "standard",
     arch: Annotated[str, typer.Option(help="triton: GPU architectures; sm_80's PTX always comes along.")] = "",
     keep_adapter: Annotated[
         bool | None, typer.Option(help="triton: leave the adapter beside the base. Default: over a base in codes.")
@@ -55,7 +62,7 @@ def command(
         options |= {"precision": precision, "keep_adapter": keep_adapter}
         options |= {"arch": arch.split(",")} if arch else {}
     elif target == "onnx":
-        options["precision"] = precision or "fp32"
+        options |= {"precision": precision or "fp32", "codes": codes, "four_bit": four_bit}
     for name, given in (("--arch", arch), ("--keep-adapter", keep_adapter is not None)):
         if given and target != "triton":
             raise UsageError(f"{name} is for --target triton", f"--target {target}", "leave it out")

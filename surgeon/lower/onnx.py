@@ -115,7 +115,7 @@ def export_onnx(
     if precision not in PRECISIONS:
         raise UsageError(f"no precision {precision}", "--precision", f"did you mean {nearest(precision, PRECISIONS)}?")
     if four_bit not in FOUR_BIT:
-        raise UsageError(f"no 4-bit form {four_bit}", "four_bit", f"one of {', '.join(FOUR_BIT)}")
+        raise UsageError(f"no 4-bit form {four_bit}", "--four-bit", f"one of {', '.join(FOUR_BIT)}")
     check_target(Path(out), overwrite)
     plain = exportable(graph, codes)
     dtype = PRECISIONS[precision]
