@@ -59,6 +59,7 @@ def command(
         raise UsageError(f"unknown peer '{peers}'", "--peers", "peft, or leave it out")
     seconds, wanted = conditions.seconds(budget), chosen([word for word in methods.split(",") if word])
     rows, _ = conditions.checked_data(data, heldout, batch_size)
+    model = str(Path(model).absolute()) if Path(model).is_dir() else model
     contenders, left_out = _fitting(model, task, rows, wanted)
     given = conditions.Settings(
         model, str(data.absolute()), str(heldout.absolute()), task, steps, 0, batch_size, max_length, onnx

@@ -8,7 +8,7 @@ from typing import Any
 from surgeon import drawing, text
 from surgeon.chains import span
 from surgeon.cli import output
-from surgeon.cli.show import tokens
+from surgeon.cli.show import brief, tokens
 from surgeon.graph import Graph, tag
 from surgeon.rank_map import grid
 from surgeon.report import AdaptedSite, Report, base_graph
@@ -22,10 +22,12 @@ def render(graph: Graph, report: Report) -> str:
     source = resources.files("surgeon.cli").joinpath("data/show.html.j2").read_text(encoding="utf-8")
     base, (path, layers) = base_graph(graph), drawn_layer(graph)
     largest = max((site.change for site in report.sites), default=0.0)
-    weights = sum(count for name, count in report.files.items() if name.endswith(".safetensors"))
+    stored = {name: count for name, count in report.files.items() if not name.startswith("checkpoint-")}
+    weights = sum(count for name, count in stored.items() if name.endswith(".safetensors"))
     return environment.from_string(source).render(
         report=report,
         methods=" + ".join(spec.partition("(")[0] for spec in report.methods),
+        specs=[brief(spec) for spec in report.methods],
         share=f"{100 * report.trainable_parameters / max(report.base_parameters, 1):.3g} %",
         adapter_bytes=weights,
         layers=layers,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from surgeon.report_virtual import VirtualSite
 
 _COLUMNS = ("module", "method", "out × in", "rank", "parameters", "‖ΔW‖ / ‖W‖")
+_LONG = 160
 _VIRTUAL = ("module", "method", "tokens × size", "numbers", "mean length")
 
 
@@ -82,13 +84,18 @@ def view(report: Report) -> RenderableType:
     totals = {
         "folder": f"{report.folder} · {output.size(sum(report.files.values()))}",
         "base": f"{report.base} · {report.model} · {output.size(report.base_bytes)}",
-        "methods": " + ".join(report.methods),
+        "methods": " + ".join(map(brief, report.methods)),
         "trains": f"{report.trainable_parameters:,} parameters ({share:.3g} %) at {report.site_count} sites",
     }
     tables = [output.table("", _COLUMNS, rows, right=_COLUMNS[2:])] if rows else []
     if report.virtual:
         tables.append(output.table("", _VIRTUAL, map(tokens, report.virtual), right=_VIRTUAL[2:]))
     return Group(*tables, output.fields(totals))
+
+
+def brief(spec: str) -> str:
+    """An option string without the pairs of long options, whose values the table has: `ranks=…`."""
+    return spec if len(spec) <= _LONG else re.sub(r"=\(\(.*?\)\)", "=…", spec)
 
 
 def tokens(site: VirtualSite) -> tuple[str, str, str, str, str]:

@@ -249,8 +249,7 @@ class Adapter(PeftForm, Pass):
         unfit = {site.path: why for site in found if (why := self._unfit_kind(site) or self.unfit_in(graph, site))}
         chosen = [Skip(site.path, unfit[site.path]) if site.path in unfit else site for site in found]
         if not any(not isinstance(item, Skip) for item in chosen):
-            reasons = "; ".join(f"{item.path}: {item.why}" for item in chosen[:3] if isinstance(item, Skip))
-            raise UsageError(f"{self.name} has no site to work on", reasons or self.targets, "other --targets")
+            raise UsageError(f"{self.name} has no site to work on", reasons(unfit) or self.targets, "other --targets")
         why = "all-linear is without experts: all-experts names them" if EXPERTS in self.kinds else ""
         left = unnamed_experts(graph, self.targets, self.exclude)
         return chosen + [Skip(site.path, why or self._unfit_kind(site)) for site in left]
@@ -309,6 +308,15 @@ class Adapter(PeftForm, Pass):
     def final(self) -> Adapter:
         """Without what only training needs: made of its `columns` or `rows`, with no reparameterisation or dropout."""
         return self
+
+
+def reasons(unfit: Mapping[str, str]) -> str:
+    """Why there is nothing to do at these paths: each reason once, with the first path it holds for."""
+    by_why: dict[str, list[str]] = {}
+    for path, why in unfit.items():
+        by_why.setdefault(why, []).append(path)
+    more = {why: f" and {len(paths) - 1} more" if len(paths) > 1 else "" for why, paths in by_why.items()}
+    return "; ".join(f"{paths[0]}{more[why]}: {why}" for why, paths in list(by_why.items())[:3])
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -184,10 +184,11 @@ class Lora(Adapter):
         """Raises UsageError for a rank that no [out, in] matrix has, and for an expert that there is not."""
         made = self.at(site).bypass(site)
         if made.rank > made.limit and not self.oversized:
+            leaf = site.path.rpartition(".")[2]
             raise UsageError(
                 f"{self.name}: rank {made.rank} is above the size of the layer",
                 f"{site.path} is [{site.out}, {site.inp}]",
-                f"a rank of at most {made.limit}, or leave the module out with --exclude",
+                f"a rank of at most {made.limit}, here alone with --ranks '{leaf}={made.limit}', or --exclude {leaf}",
             )
         if self.init.startswith((*_PAIRS, "eva")) and (
             site.kind not in (LINEAR, CONV1D) or made.whole_rank != made.rank

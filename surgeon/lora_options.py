@@ -43,5 +43,12 @@ def _check_parts(step: Lora) -> None:
 def _check_init(step: Lora) -> None:
     kind = re.sub(r"^(pissa)_niter_\d+$|^(loftq)_iter_[1-9]\d*$|^(eva):.+$", r"\1\2\3", step.init)
     if kind not in step.inits or step.rho < 1:
-        what, known = f"{step.name}: init is '{step.init}', rho {step.rho:g}", ", ".join(step.inits)
-        raise UsageError(what, "--init, --rho", f"one of {known} (as eva:FILE), and a rho of at least 1")
+        what, known = f"{step.name}: init is '{step.init}', rho {step.rho:g}", map(_spelled, step.inits)
+        raise UsageError(what, "--init, --rho", f"one of {', '.join(known)}, and a rho of at least 1")
+
+
+_SPELLED = {"eva": "eva:FILE", "pissa": "pissa, pissa_niter_N", "loftq": "loftq, loftq_iter_N"}
+
+
+def _spelled(init: str) -> str:
+    return _SPELLED.get(init, init)

@@ -45,7 +45,7 @@ def first_values(graph: Graph, owner: str, step: Lora, seed: int) -> None:
 def unfit_for_loftq(graph: Graph, site: Site) -> str:
     """Why there is nothing here that LoftQ could make up for, or ""."""
     if graph.tensors[site.weight].held is None:
-        return "its weight is not quantised, and loftq has nothing to make up for"
+        return "its weight is not quantised, and loftq has nothing to make up for: name nf4 before it"
     return "" if stored_parts(graph, site.weight) is None else "its checkpoint has codes alone, and loftq needs weights"
 
 

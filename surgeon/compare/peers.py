@@ -12,7 +12,9 @@ from surgeon import store
 from surgeon.errors import UnsupportedError
 from surgeon.graph import Graph
 from surgeon.hook import Hook
-from surgeon.peft_files import CONFIG, WEIGHTS, read_tensors
+from surgeon.passes import find_peft
+from surgeon.passes.base import Adapter
+from surgeon.peft_files import CONFIG, WEIGHTS, read_config, read_tensors
 from surgeon.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ def build(graph: Graph, folder: Path, steps: int) -> tuple[nn.Module, list[Hook]
         raise UnsupportedError("PEFT has no form for it", graph.applied[0].name, "compare it without --peers")
     config = peft.PeftConfig.from_pretrained(str(folder / "first"))
     config.inference_mode = False
+    _check_same(graph, read_config(folder / "first"))
     if isinstance(config, peft.AdaLoraConfig):
         _schedule(config, steps)
     loader = getattr(transformers, TASKS[graph.task].auto_class)
@@ -62,6 +65,15 @@ def build(graph: Graph, folder: Path, steps: int) -> tuple[nn.Module, list[Hook]
     model = peft.get_peft_model(base, config)
     peft.set_peft_model_state_dict(model, read_tensors(folder / "first" / WEIGHTS))
     return model, [_Allocate()] if isinstance(config, peft.AdaLoraConfig) else []
+
+
+def _check_same(graph: Graph, config: dict[str, Any]) -> None:
+    """Raise UnsupportedError where PEFT's files hold what a method computes, and PEFT does not train it so (DyLoRA)."""
+    step = graph.applied[0]
+    kind = find_peft(config)
+    own = isinstance(step, Adapter) and bool(step.hooks(graph, step.name, 0))
+    if not isinstance(step, kind) or (own and type(step) is not kind):
+        raise UnsupportedError("PEFT has no such method", step.name, "compare it without --peers")
 
 
 def _schedule(config: peft.AdaLoraConfig, steps: int) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from surgeon import fold, passes, run, store
+from surgeon.cli import show
 from surgeon.cli.main import main
 from surgeon.passes.lora import Lora
 from surgeon.passes.vera import Vera
@@ -167,3 +168,23 @@ def test_a_plain_checkpoint_has_nothing_to_show(tiny_llama: Path, capsys: pytest
 def test_a_page_needs_its_folder(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(work), "--html", str(tmp_path / "no" / "page.html")]) == 2
     assert "no folder" in capsys.readouterr().err
+
+
+def test_long_options_are_brief() -> None:
+    pairs = ", ".join(f"('model.layers.{{0,{i}}}.q_proj', {i})" for i in range(9))
+    assert show.brief(f"adalora(rank=6, ranks=({pairs}), target_rank=4)") == "adalora(rank=6, ranks=…, target_rank=4)"
+    assert show.brief("lora(ranks=(('q_proj', 4),))") == "lora(ranks=(('q_proj', 4),))"
+
+
+def test_the_page_counts_no_training_checkpoints(work: Path, tmp_path: Path) -> None:
+    import shutil
+
+    place = shutil.copytree(work, tmp_path / "work")
+    pages = []
+    for extra in ("", "checkpoint-4"):
+        if extra:
+            (place / extra).mkdir()
+            (place / extra / "state.safetensors").write_bytes(bytes(5_000_000))
+        assert main(["show", str(place), "--html", str(tmp_path / "page.html")]) == 0
+        pages.append(re.findall(r"<b>[^<]*</b><span>adapter on disk", (tmp_path / "page.html").read_text()))
+    assert pages[0] == pages[1] != []
