@@ -42,6 +42,7 @@ def plot_ranks(losses: Mapping[int, float], image: Path) -> None:
     axes.set_xlabel("rank")
     axes.set_ylabel("held-out loss (nats per token)")
     axes.set_xticks(list(losses))
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title("one adapter, every rank", loc="left")

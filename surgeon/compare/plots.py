@@ -27,6 +27,7 @@ def against(rows: Sequence[Row], of: Callable[[Row], float], label: str, base: f
             )  # fmt: skip
         if log:
             axes.set_xscale("log")
+        axes.ticklabel_format(axis="y", useOffset=False)
         axes.set_xlabel(label)
         axes.set_ylabel("held-out loss")
         axes.grid(alpha=0.25)
