@@ -75,7 +75,7 @@ def command(
     memory = server.service.engine.memory
     layout = memory.layout
     output.say(f"{title}: {memory.pool.pages} pages of {layout.block} tokens, {output.size(memory.pool.nbytes)}")
-    output.say(f"http://{host}:{port}/v1 · /health · /metrics; Ctrl-C stops")
+    output.say(f"http://{host}:{port}/v1 · /health · /metrics · /dashboard; Ctrl-C stops")
     import uvicorn
 
     uvicorn.run(make_app(server), host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)

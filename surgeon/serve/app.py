@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 import json
@@ -10,16 +11,17 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from surgeon.errors import SurgeonError
+from surgeon.serve import dashboard
 from surgeon.serve.answering import Answering
 from surgeon.serve.metrics import Metrics
 from surgeon.serve.protocol import Body, ChatBody, CompletionBody, LoadBody, Refused, UnloadBody, failure
 from surgeon.serve.server import Server
 
-OPEN = ("/health", "/metrics")
+OPEN = ("/health", "/metrics", "/dashboard")
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -111,7 +113,6 @@ async def _streamed(answering: Answering) -> AsyncIterator[str]:
 
 async def _unless_gone(answering: Answering, request: Request) -> dict[str, Any]:
     """The whole answer; work stops when the client has gone."""
-    import asyncio
 
     async def gone() -> None:
         while not await request.is_disconnected():
@@ -154,6 +155,16 @@ def _state(app: FastAPI, server: Server) -> None:
     async def health() -> Response:
         alive = server.service.alive
         return JSONResponse({"status": "ok" if alive else "failed", "problems": server.wrong}, 200 if alive else 503)
+
+    @app.get("/dashboard")
+    async def page() -> Response:
+        return HTMLResponse(dashboard.PAGE.read_text(encoding="utf-8"))
+
+    @app.get("/dashboard/state")
+    async def shown() -> dict[str, Any]:
+        loop = asyncio.get_running_loop()
+        found: dict[str, Any] = await loop.run_in_executor(None, server.service.do, lambda: dashboard.state(server))
+        return found
 
     @app.get("/metrics")
     async def measured() -> Response:

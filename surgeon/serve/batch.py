@@ -125,7 +125,7 @@ class Batches:
 
     def _linears(self, pieces: list[Piece], tokens: int, kept: int) -> dict[str, torch.Tensor]:
         runs = [(sequence.packed.key if sequence.packed else "", count) for sequence, count in pieces]
-        places = [self.memory.residents[key].pages[0] if key else -1 for key, _ in runs]
+        places = [self._placed(sequence) for sequence, _ in pieces]
         key = (tuple(runs), tuple(places), tokens, kept)
         if key not in self._adapters:
             self._adapters[key] = self._table(pieces, tokens, kept)
@@ -137,6 +137,13 @@ class Batches:
         for site, table, scales in zip(self.layout.linears, found.tables, found.scales, strict=True):
             given[f"slora.adapters.{site.path}"], given[f"slora.scales.{site.path}"] = table, scales
         return given
+
+    def _placed(self, sequence: Sequence) -> tuple[int, ...]:
+        """Tells the places of an adapter and its bank from all others they have had."""
+        if sequence.packed is None:
+            return ()
+        parts = [sequence.packed] if sequence.packed.bank is None else [sequence.packed, sequence.packed.bank]
+        return tuple(self.memory.residents[part.key].placed for part in parts)
 
     def _table(self, pieces: list[Piece], tokens: int, kept: int) -> Adapters:
         names = list(dict.fromkeys(sequence.packed.key for sequence, _ in pieces if sequence.packed is not None))

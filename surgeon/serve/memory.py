@@ -7,6 +7,7 @@ and the one longest unused goes first when the room is needed.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
@@ -16,6 +17,8 @@ from surgeon.errors import SurgeonError
 from surgeon.serve.layout import Layout, kv_views
 from surgeon.serve.packed import Packed
 from surgeon.serve.pool import Pool, PoolFull
+
+_placements = itertools.count()
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Resident:
         where: number of each of its rows in the pool's view of the row's width, int64.
         columns: attention → pages of its learned keys and values.
         pins: how many users it has.
+        placed: another number every time something is placed: what was remembered of an earlier place no longer holds.
     """
 
     packed: Packed
@@ -35,6 +39,7 @@ class Resident:
     where: torch.Tensor
     columns: dict[int, list[int]]
     pins: int = 0
+    placed: int = field(default_factory=lambda: next(_placements))
 
 
 @dataclass

@@ -175,6 +175,27 @@ def test_half_precision_stays_close() -> None:
     assert (found - exact).abs().max() < 0.05 * exact.abs().max()
 
 
+def test_adapters_that_come_back_to_other_pages_say_the_same() -> None:
+    large = Engine(graph_of("llama"), pool_bytes=1 << 22)
+    steps = [(make("lora", rank=3, **EVERY),), (make("vera", rank=8, **EVERY),), (make("prefix", tokens=5),)]
+    packed = [adapted(large, step, number)[1] for number, step in enumerate(steps * 3)]
+    most = max(large.memory.total(one) for one in packed)
+    small = Engine(graph_of("llama"), pool_bytes=(most + 2 * large.layout.pages(20)) * large.layout.page * 4)
+    for number, adapter in enumerate(packed * 3):
+        found = []
+        for engine in (large, small):
+            sequences = [Sequence.of(f"{number} {i}", adapter, [7, 30 + number, 9], NEW) for i in range(2)]
+            for sequence in sequences:
+                engine.admit(sequence)
+            go(engine, sequences)
+            for sequence in sequences:
+                engine.release(sequence)
+            found.append([sequence.tokens for sequence in sequences])
+        assert found[0] == found[1]
+    assert small.memory.evictions > 10
+    assert large.memory.evictions == 0
+
+
 def test_what_cannot_be_served_is_refused_by_name() -> None:
     base = graph_of("llama")
     with pytest.raises(UsageError, match="serves the bare base, and this graph has lora"):
