@@ -189,10 +189,13 @@ def peft_steps(folder: Path, setting: Setting, requests: int) -> tuple[Callable[
     with torch.no_grad():
         cache = model.base_model.model(ids, use_cache=True).past_key_values
 
+    past = [(layer.keys, layer.values) for layer in cache.layers]
+
     def step(chosen: list[str]) -> None:
         with torch.no_grad():
             model(torch.ones(requests, 1, dtype=torch.long), past_key_values=cache, adapter_names=chosen)
-        cache.crop(PAST)
+        for layer, (keys, values) in zip(cache.layers, past, strict=True):
+            layer.keys, layer.values = keys, values
 
     one = names[-1]
     mixed = [names[number % len(names)] for number in range(requests)]

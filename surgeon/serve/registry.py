@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import time
@@ -10,13 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgeon import manifest, peft_files
+from surgeon import manifest, peft_files, store
 from surgeon.errors import SurgeonError, UsageError
 from surgeon.serve.adapters import Loader
 from surgeon.serve.packed import Packed
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:+-]{0,127}")
 _FILES = (manifest.FILE, peft_files.CONFIG)
+# A save of several adapters writes the manifest anew, whatever subfolders they are in.
+_WRITTEN = (*_FILES, peft_files.WEIGHTS, store.OWN_WEIGHTS)
 
 
 class UnknownAdapter(SurgeonError):
@@ -190,7 +193,10 @@ class Registry:
 
 def version(folder: Path, rank: int | None) -> str:
     """Another string whenever an adapter's files have changed."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors"))
-    newest = max((path.stat().st_mtime_ns for path in files), default=0)
-    size = sum(path.stat().st_size for path in files)
+    found = []
+    for name in _WRITTEN:
+        with contextlib.suppress(OSError):
+            told = (folder / name).stat()
+            found.append((told.st_mtime_ns, told.st_size))
+    newest, size = max((time for time, _ in found), default=0), sum(size for _, size in found)
     return f"{newest:x}.{size:x}" + (f".r{rank}" if rank is not None else "")

@@ -58,7 +58,7 @@ class Server:
         self._watcher = threading.Thread(target=self._watch, name="surgeon-watch", daemon=True)
         self._stopping = threading.Event()
 
-    def start(self, interval: float = 2.0) -> None:
+    def start(self, interval: float = 5.0) -> None:
         """Serve, and look at the watched folders from time to time."""
         self._interval = interval
         self.scan()
