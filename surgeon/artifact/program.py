@@ -30,6 +30,9 @@ _ARITHMETIC = (
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"torch.{name}": getattr(torch, name) for name in ("sym_float", "sym_int", "sym_max", "sym_min", "sym_not")
 }
+_FUNCTIONS["builtins.getattr"] = getattr
+_ATTRIBUTES = ("dtype", "device")
+"""What a program may ask a tensor for."""
 Row = list[Any]
 
 
@@ -129,6 +132,8 @@ def _graph(rows: list[Row]) -> fx.Graph:
             nodes.append(graph.output(tuple(given[0])))
             continue
         function = _function(target) if op == "call_function" else target
+        if function is getattr and given[1:] not in [(name,) for name in _ATTRIBUTES]:
+            raise UnsupportedError(f"a program may not call getattr of {given[1]}", "", "export the artifact again")
         nodes.append(graph.create_node(op, function, given, _read(kwargs, nodes), name))
     return graph
 
@@ -148,7 +153,7 @@ def _name(node: fx.Node) -> str:
     if module in _MODULES and name in _ARITHMETIC and getattr(_MODULES[module], name, None) is target:
         return f"{module.removeprefix('_')}.{name}"
     known = next((text for text, function in _FUNCTIONS.items() if function is target), None)
-    if known is None:
+    if known is None or (target is getattr and node.args[1] not in _ATTRIBUTES):
         what = f"the artifact has no form for {name or target}"
         raise UnsupportedError(what, str(node.meta.get("path") or node.name), "export it with --target onnx or hf")
     return known

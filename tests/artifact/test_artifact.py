@@ -156,6 +156,9 @@ def test_a_program_calls_nothing_but_operators(merged: Path) -> None:
         found["trunk"][-2][2] = name
         with pytest.raises(UnsupportedError, match=r"may not call|is not here"):
             from_json(found, values, str(merged))
+    found["trunk"][-2][2:4] = ["builtins.getattr", [{"node": 0}, "__class__"]]
+    with pytest.raises(UnsupportedError, match="may not call getattr of __class__"):
+        from_json(found, values, str(merged))
 
 
 def broken(folder: Path, kind: str) -> None:
