@@ -49,6 +49,7 @@ class Lora(Adapter):
         alphas: likewise for `alpha`.
         lr_ratio: the learning rate of b over that of a, as in LoRA+ (Hayou et al. 2024), which has 16; 1 for one rate.
         lr_embedding: the learning rate of a and b at embeddings, where `lr_ratio` is not 1.
+        lr_saved: the learning rate of modules_to_save and biases over that of a; whole weights want a lower one.
         parts: of fused projections, those to adapt, `q,v` for example: each with a bypass of `rank` of its own, the
             others with none, as in the paper's code (MergedLinear). Empty: one bypass for all outputs.
         init: first values. "kaiming": as above; "gaussian": a ~ N(0, 1/r²); "orthogonal": neither is 0, their product
@@ -78,6 +79,7 @@ class Lora(Adapter):
     alphas: tuple[tuple[str, float], ...] = ()
     lr_ratio: float = 1.0
     lr_embedding: float = 1e-6
+    lr_saved: float = 1.0
     parts: str = ""
     init: str = KAIMING
     rho: float = 2.0
@@ -271,6 +273,8 @@ class Lora(Adapter):
 
     def rate(self, name: str, site: Site | None, lr: float) -> float:
         """As in the code of LoRA+: the ratio is for b and all vectors, and embeddings have a rate of their own."""
+        if site is None:
+            lr *= self.lr_saved
         if self.lr_ratio == 1:
             return lr
         if site is not None and site.kind == EMBEDDING:

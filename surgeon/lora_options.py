@@ -22,7 +22,7 @@ def check(step: Lora) -> None:
         raise UsageError(f"{step.name}: dropout is {step.dropout}", "--dropout", "a probability below 1, e.g. 0.05")
     if step.lora_bias and not step.has_bias:
         raise UsageError(f"{step.name} has no bias of its own", "--lora-bias", "leave it out, or use lora")
-    for name in ("lr_ratio", "lr_embedding"):
+    for name in ("lr_ratio", "lr_embedding", "lr_saved"):
         if not 0 < getattr(step, name) < math.inf:
             what, flag = f"{step.name}: {name} is {getattr(step, name)}", f"--{name.replace('_', '-')}"
             raise UsageError(what, flag, "a number above 0; 16 is LoRA+'s ratio")

@@ -51,6 +51,14 @@ def test_biases_learn_as_fast_as_b() -> None:
     assert set(found.values()) == {4 * LR}
 
 
+def test_whole_weights_learn_at_a_rate_of_their_own() -> None:
+    found = rates(applied(modules_to_save="embed_tokens", lr_saved=0.25), LR)
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in found} == {"embed_tokens"}
+    assert set(found.values()) == {LR / 4}
+    with pytest.raises(UsageError, match="lr_saved is 0"):
+        make("lora", lr_saved=0.0)
+
+
 def test_one_rate_leaves_the_groups_alone() -> None:
     model = load_model(applied())
     groups: list[dict[str, Any]] = [{"params": list(model.parameters()), "lr": LR}]
