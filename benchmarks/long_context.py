@@ -35,7 +35,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 RESULTS = Path(__file__).parent / "results"
 CONTEXT, TRAINED, BUCKET, BATCH = 2048, 256, 256, 2
 SIDES = ("longlora", "lora+", "lora", "full")
-RATES = {"longlora": (1e-3, 2e-3, 4e-3), "lora+": (1e-3, 2e-3, 4e-3), "lora": (2e-3, 4e-3), "full": (5e-4, 1e-3, 2e-3)}
+RATES = {"longlora": (1e-3, 2e-3, 4e-3), "lora+": (4e-3, 8e-3), "lora": (2e-3, 4e-3), "full": (5e-4, 1e-3, 2e-3)}
 Runs = dict[str, dict[str, Any]]
 """What was measured, by side, rate and seed."""
 LENGTHS = (2048, 4096, 8192, 16384)
@@ -241,6 +241,7 @@ def main() -> None:
             known["cost"] = {"command": command, **costs(base, options.lengths)}
         else:
             command = f"python -m benchmarks.long_context --seeds {options.seeds} --steps {options.steps}"
+            command += f" --sides {' '.join(options.sides)}"
             runs = known.setdefault("runs", {}).setdefault(f"{options.steps} steps", {})
             for learned in learn(base, options.seeds, options.steps, options.sides, runs):
                 known["learning"] = {"command": command, "sides": learned}
