@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnxscript
 
-from surgeon import api
 from surgeon.lower.onnx import OnnxReport, export_onnx
+from surgeon.lower.opening import opened
 from surgeon.model import SurgeonModel
-from surgeon.ranks import at_rank
-
-if TYPE_CHECKING:
-    from surgeon.graph import Graph
 
 assert onnxscript  # torch's exporter imports it late, and fails with an error of its own
 
@@ -35,11 +31,5 @@ def export(
         rank: of adapters that have every rank (DyLoRA); their highest if not given.
         options: see `surgeon.lower.onnx.export_onnx`.
     """
-    graph: Graph
-    if isinstance(work, SurgeonModel):
-        graph, tokenizer = work.trained(), work.tokenizer
-    else:
-        graph = api.read(work, base=base)
-        tokenizer = api.tokenizer_of(work) or api.tokenizer_of(graph.source)
-    graph = graph if rank is None else at_rank(graph, rank)
+    graph, tokenizer = opened(work, base, rank)
     return export_onnx(graph, out, tokenizer=tokenizer, **options)

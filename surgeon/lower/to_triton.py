@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from surgeon import api
 from surgeon.errors import UnsupportedError
 from surgeon.kernels.jit import missing
+from surgeon.lower.opening import opened
 from surgeon.lower.triton import TritonReport, export_triton
 from surgeon.model import SurgeonModel
-from surgeon.ranks import at_rank
-
-if TYPE_CHECKING:
-    from surgeon.graph import Graph
 
 
 def export(
@@ -39,11 +35,5 @@ def export(
     why = missing()
     if why:
         raise UnsupportedError(why, "--target triton", "pip install 'model-surgeon[triton]' (Linux); no GPU is needed")
-    graph: Graph
-    if isinstance(work, SurgeonModel):
-        graph, tokenizer = work.trained(), work.tokenizer
-    else:
-        graph = api.read(work, base=base)
-        tokenizer = api.tokenizer_of(work) or api.tokenizer_of(graph.source)
-    graph = graph if rank is None else at_rank(graph, rank)
+    graph, tokenizer = opened(work, base, rank)
     return export_triton(graph, out, tokenizer=tokenizer, **options)
