@@ -14,8 +14,9 @@ A run is a method over a grid; its rows are the ways to deploy it:
     original     the original weights + the adapter, then quantised: what most people do ("LoRA then quantise")
     zero-points  QA-LoRA's merge: codes and scales stay, nothing is lost
 
-Every run is made at every rate with the first seed; every way counts at the rate that is best for it, and the other
-seeds run at those rates. QA-LoRA's zero points are GPTQ's own where its base is.
+With the first seed every run is made at the rates given, and at half and twice those until the best for each of its
+ways is neither the lowest nor the highest; the other seeds run at the best. QA-LoRA's zero points are GPTQ's own where
+its base is.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ TRAIN, NEW, OLD = (SHARED / "data" / name for name in (
 ))  # fmt: skip
 RESULT = Path(__file__).parent / "results" / "quantised_learning.json"
 RANK, ALPHA, GROUP, BATCH, HELD_OUT = 16, 32.0, 32, 4, 96
+MOST_RATES = 5
 QALORA_RATE = 1 / 4
 """QA-LoRA's adapters read sums of 32 inputs, about √32 times as large: its rates are smaller by this."""
 
@@ -185,11 +187,25 @@ def measure(results: Results, of: Setting, seeds: int, rates: list[float]) -> No
         name = f"{method} | {grid} | {rate:g} | {seed}"
         return results.row(name, lambda: trained(method, grid, rate, seed, of))
 
-    first = {run: {rate: one(*run, rate, 0)["ways"] for rate in rates} for run in runs()}
+    first = {run: searched(lambda rate, run=run: one(*run, rate, 0)["ways"], rates) for run in runs()}
     for seed in range(1, seeds):
         for run, tried in first.items():
             for rate in sorted(set(best_rates(tried).values())):
                 one(*run, rate, seed)
+
+
+def searched(losses: Callable[[float], dict[str, float]], rates: list[float]) -> dict[float, dict[str, float]]:
+    """Rate → losses of all ways: of `rates`, and by doublings beyond them until every way's best lies between two."""
+    tried = {rate: losses(rate) for rate in rates}
+    while len(tried) < MOST_RATES:
+        best, low, high = set(best_rates(tried).values()), min(tried), max(tried)
+        if high in best:
+            tried[high * 2] = losses(high * 2)
+        elif low in best:
+            tried[low / 2] = losses(low / 2)
+        else:
+            break
+    return tried
 
 
 def best_rates(tried: dict[float, dict[str, float]]) -> dict[str, float]:
@@ -198,7 +214,7 @@ def best_rates(tried: dict[float, dict[str, float]]) -> dict[str, float]:
     return {way: min(tried, key=lambda rate: tried[rate][way]) for way in ways}
 
 
-def table(results: Results, seeds: int, rates: list[float]) -> str:
+def table(results: Results, seeds: int) -> str:
     """The perplexities, in Markdown."""
     lines = ["| base | new domain | old domain |", "|---|---|---|"]
     for name, row in results.rows.items():
@@ -207,10 +223,11 @@ def table(results: Results, seeds: int, rates: list[float]) -> str:
     lines += ["", "| method | base | deployed | rate | perplexity, new domain | seeds |", "|" + "---|" * 6]
     for method, grid in runs():
         start = f"{method} | {grid}"
-        tried = {rate: results.rows[f"{start} | {rate:g} | 0"]["ways"] for rate in rates}
+        names = [name.split(" | ") for name in results.rows if name.startswith(f"{start} | ")]
+        tried = {float(rate): results.rows[f"{start} | {rate} | 0"]["ways"] for *_, rate, seed in names if seed == "0"}
         for way, rate in best_rates(tried).items():
-            names = [f"{start} | {rate:g} | {seed}" for seed in range(seeds)]
-            found = [math.exp(results.rows[name]["ways"][way]) for name in names if name in results.rows]
+            rows = [results.rows[f"{start} | {rate:g} | {seed}"] for seed in range(seeds)]
+            found = [math.exp(row["ways"][way]) for row in rows]
             spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
             own = rate * (QALORA_RATE if method == "qalora" else 1)
             lines.append(f"| {start} | {way} | {own:g} | {statistics.mean(found):.2f}{spread} | {len(found)} |")
@@ -236,7 +253,7 @@ def main() -> None:
     }
     results = Results(options.out, told)
     measure(results, setting(options.steps, options.length), options.seeds, options.rates)
-    text = table(results, options.seeds, options.rates)
+    text = table(results, options.seeds)
     options.out.with_suffix(".md").write_text(f"{text}\n")
     print(text)
 
