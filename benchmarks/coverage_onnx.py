@@ -10,9 +10,9 @@ import torch
 
 from surgeon import run
 from surgeon.graph import Graph
-from surgeon.lower.onnx import exportable
-from surgeon.lower.onnx_check import replay
-from surgeon.lower.onnx_model import build
+from surgeon.lower.onnx.check import replay
+from surgeon.lower.onnx.export import exportable
+from surgeon.lower.onnx.model import build
 from surgeon.passes import make
 from surgeon.verification import make_probes
 

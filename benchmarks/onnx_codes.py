@@ -26,7 +26,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import surgeon
-from surgeon.lower.onnx import MODEL
+from surgeon.lower.onnx.export import MODEL
 from surgeon.lower.to_onnx import export
 from surgeon.passes import make
 

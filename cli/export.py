@@ -13,7 +13,7 @@ from surgeon.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from surgeon.lower.onnx import OnnxReport
+    from surgeon.lower.onnx.export import OnnxReport
 
 
 def command(

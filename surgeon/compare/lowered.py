@@ -14,7 +14,7 @@ from surgeon.errors import SurgeonError, UnsupportedError
 from surgeon.evaluate import evaluate
 from surgeon.graph import Graph
 from surgeon.lower.merge import merge
-from surgeon.lower.onnx import MODEL, export_onnx
+from surgeon.lower.onnx.export import MODEL, export_onnx
 from surgeon.model import load_model
 from surgeon.passes import make
 from surgeon.samples import Data

@@ -1,4 +1,4 @@
-"""`--target onnx`: from what users name to `surgeon.lower.onnx`."""
+"""`--target onnx`: from what users name to `surgeon.lower.onnx.export`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import onnxscript
 
-from surgeon.lower.onnx import OnnxReport, export_onnx
+from surgeon.lower.onnx.export import OnnxReport, export_onnx
 from surgeon.lower.opening import opened
 from surgeon.model import SurgeonModel
 
@@ -29,7 +29,7 @@ def export(
         out: the new folder.
         base: the base of an adapter, where the folder's own record of it no longer holds.
         rank: of adapters that have every rank (DyLoRA); their highest if not given.
-        options: see `surgeon.lower.onnx.export_onnx`.
+        options: see `surgeon.lower.onnx.export.export_onnx`.
     """
     graph, tokenizer = opened(work, base, rank)
     return export_onnx(graph, out, tokenizer=tokenizer, **options)

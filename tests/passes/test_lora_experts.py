@@ -17,8 +17,8 @@ from benchmarks.zoo.oracles import assert_merged_alike
 from surgeon import fold, passes, run, store
 from surgeon.errors import UsageError
 from surgeon.graph import Graph
-from surgeon.lower import onnx
 from surgeon.lower.merge import merge
+from surgeon.lower.onnx import export as onnx
 from surgeon.normal import Base
 from surgeon.planning import plan
 from surgeon.sites import EXPERTS, sites

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from surgeon import ops
-from surgeon.lower import onnx_standard
+from surgeon.lower.onnx import standard
 
 CASES: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
@@ -37,13 +37,13 @@ def padded(keys: int) -> torch.Tensor:
 def test_attention(case: str, queries: int) -> None:
     given = [*tensors(queries, 7), padded(7)]
     expected = ops.attention(*given, scale=0.3, **CASES[case])
-    torch.testing.assert_close(onnx_standard.attention(*given, scale=0.3, **CASES[case]), expected)
+    torch.testing.assert_close(standard.attention(*given, scale=0.3, **CASES[case]), expected)
 
 
 def test_attention_without_shared_heads_and_without_a_mask() -> None:
     q, k, v = tensors(5, 5, heads=2)
     expected = ops.attention(q, k, v, scale=0.3, causal=True)
-    torch.testing.assert_close(onnx_standard.attention(q, k, v, scale=0.3, causal=True), expected)
+    torch.testing.assert_close(standard.attention(q, k, v, scale=0.3, causal=True), expected)
 
 
 @pytest.mark.parametrize("kind", ["float", "bool"])
@@ -51,17 +51,17 @@ def test_attention_with_a_bias(kind: str) -> None:
     bias = torch.randn(1, 4, 7, 7) if kind == "float" else torch.rand(3, 1, 7, 7) > 0.5
     given = [*tensors(7, 7), padded(7), bias]
     expected = ops.attention(*given, scale=0.3)
-    torch.testing.assert_close(onnx_standard.attention(*given, scale=0.3), expected)
+    torch.testing.assert_close(standard.attention(*given, scale=0.3), expected)
 
 
 def test_attention_with_sinks() -> None:
     given = [*tensors(4, 7), padded(7), None, torch.randn(4)]
     expected = ops.attention(*given, scale=0.3, causal=True, window=3)
-    torch.testing.assert_close(onnx_standard.attention(*given, scale=0.3, causal=True, window=3), expected)
+    torch.testing.assert_close(standard.attention(*given, scale=0.3, causal=True, window=3), expected)
 
 
 def test_a_query_that_sees_nothing_gives_zero() -> None:
-    found = onnx_standard.attention(*tensors(7, 7), padded(7), scale=0.3, causal=True)
+    found = standard.attention(*tensors(7, 7), padded(7), scale=0.3, causal=True)
     assert not found[2, :, :5].any()
     assert found[2, :, 5:].all()
     assert found.isfinite().all()
@@ -69,6 +69,6 @@ def test_a_query_that_sees_nothing_gives_zero() -> None:
 
 def test_sorting_keeps_the_order_of_equals() -> None:
     x = torch.tensor([3, 1, 3, 1, 2])
-    assert onnx_standard.argsort(x).sort()[0].tolist() == [0, 1, 2, 3, 4]
-    torch.testing.assert_close(onnx_standard.sort(x)[0], torch.sort(x)[0])
-    torch.testing.assert_close(onnx_standard.sort(x, descending=True)[0], torch.sort(x, descending=True)[0])
+    assert standard.argsort(x).sort()[0].tolist() == [0, 1, 2, 3, 4]
+    torch.testing.assert_close(standard.sort(x)[0], torch.sort(x)[0])
+    torch.testing.assert_close(standard.sort(x, descending=True)[0], torch.sort(x, descending=True)[0])

@@ -16,7 +16,7 @@ from torch import fx
 
 from surgeon import numbering, positions, virtual
 from surgeon.graph import Graph, copied, sweep, val
-from surgeon.lower.onnx_check import Array, Replay, Replayed, open_session, virtual_tokens
+from surgeon.lower.onnx.check import Array, Replay, Replayed, open_session, virtual_tokens
 from surgeon.stream import StreamingExecutor
 from surgeon.verification import RELATIVE, Probe
 

@@ -2,7 +2,7 @@
 
 A causal language model has a K/V cache: inputs `input_ids`, `attention_mask`, `position_ids`,
 `past_key_values.{i}.key/value`; outputs `logits`, `present.{i}.key/value`: what transformers.js and ONNX Runtime GenAI
-expect. One graph serves prefill and decode. Classifiers and encoders are run once: see `surgeon.lower.onnx_once`.
+expect. One graph serves prefill and decode. Classifiers and encoders are run once: see `surgeon.lower.onnx.once`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from surgeon.atomic import atomic_folder, check_target
 from surgeon.errors import UnsupportedError, UsageError, nearest
 from surgeon.finalise import finalise
 from surgeon.graph import Graph
-from surgeon.lower import onnx_once
-from surgeon.lower.onnx_check import Replay, replay
-from surgeon.lower.onnx_codes import with_codes
-from surgeon.lower.onnx_join import OPSET
-from surgeon.lower.onnx_model import build
+from surgeon.lower.onnx import once as run_once
+from surgeon.lower.onnx.check import Replay, replay
+from surgeon.lower.onnx.codes import with_codes
+from surgeon.lower.onnx.join import OPSET
+from surgeon.lower.onnx.model import build
 from surgeon.lower.virtual_columns import as_columns
 from surgeon.passes import make
 from surgeon.passes.base import Adapter
@@ -92,7 +92,7 @@ def export_onnx(
 
     Adapters are folded into the weights first. Virtual tokens become constants: before the past at every attention of a
     language model, where they were trained in a model that is run once. Inputs, outputs, masks and positions are those
-    of the text alone. Weights that are held in codes stay so (see `surgeon.lower.onnx_codes`); adapters that would
+    of the text alone. Weights that are held in codes stay so (see `surgeon.lower.onnx.codes`); adapters that would
     change more than their zero points stay beside them.
 
     Args:
@@ -119,14 +119,14 @@ def export_onnx(
     check_target(Path(out), overwrite)
     plain = exportable(graph, codes)
     dtype = PRECISIONS[precision]
-    once = graph.task in onnx_once.TASKS
-    model = build(onnx_once.numbered(plain) if once else run.apply(plain, make("kv_cache")), dtype, four_bit)
+    once = graph.task in run_once.TASKS
+    model = build(run_once.numbered(plain) if once else run.apply(plain, make("kv_cache")), dtype, four_bit)
     with atomic_folder(out, overwrite=overwrite) as folder:
         ir.save(model, folder / MODEL, external_data=DATA)
         del model
         checked = None
         if verify:
-            check = onnx_once.compare if once else replay
+            check = run_once.compare if once else replay
             checked = check(plain, folder / MODEL, make_probes(plain, tokenizer), dtype)
             checked.require(str(out))
         _write_configs(plain, folder, tokenizer, dtype)
@@ -143,12 +143,12 @@ def export_onnx(
 def exportable(graph: Graph, codes: bool = True) -> Graph:
     """The graph with its adapters folded in; a prompt of a language model is keys and values at its attentions.
 
-    With `codes` weights stay in codes (see `surgeon.lower.onnx_codes.with_codes`).
+    With `codes` weights stay in codes (see `surgeon.lower.onnx.codes.with_codes`).
 
     Raises:
         UnsupportedError: it is an encoder with a decoder, or something stays that has no place in the export.
     """
-    if graph.task not in ("causal-lm", *onnx_once.TASKS) or "decoder_input_ids" in graph.inputs:
+    if graph.task not in ("causal-lm", *run_once.TASKS) or "decoder_input_ids" in graph.inputs:
         name = graph.config.model_type
         raise UnsupportedError(
             f"the ONNX export is for causal language models, classifiers and encoders; {name} is read for {graph.task}",

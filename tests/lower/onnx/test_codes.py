@@ -16,8 +16,8 @@ from surgeon import run
 from surgeon.fold import folds
 from surgeon.graph import Graph, copied
 from surgeon.hold import held_value, holders
-from surgeon.lower import onnx_codes
-from surgeon.lower.onnx_parts import lower_part
+from surgeon.lower.onnx import codes
+from surgeon.lower.onnx.parts import lower_part
 from surgeon.module import read_tensor
 from surgeon.passes import make
 
@@ -28,8 +28,8 @@ def first_linear(graph: Graph, four_bit: str) -> tuple[fx.Node, list[torch.Tenso
     """The first linear of a prepared graph's first layer, with its tensors."""
     path, layer = next(iter(graph.layers.items()))
     part, _ = copied(layer)
-    onnx_codes.place(part, f"{path}.", graph, four_bit)
-    kinds = (onnx_codes.by_integers, onnx_codes.by_book, onnx_codes.by_bnb4, torch.ops.aten.linear.default)
+    codes.place(part, f"{path}.", graph, four_bit)
+    kinds = (codes.by_integers, codes.by_book, codes.by_bnb4, torch.ops.aten.linear.default)
     node = next(node for node in part.nodes if node.target in kinds)
     names = [f"{path}.{n.target}" for n in node.all_input_nodes if n.op == "get_attr"]
     return node, [read_tensor(graph, graph.resolve(name), None, torch.device("cpu")) for name in names]
@@ -56,7 +56,7 @@ def computed(
 
 def checked(graph: Graph, folder: Path, four_bit: str = "standard") -> set[str]:
     """The operators of the first linear, which computes what its codes decode to."""
-    node, tensors = first_linear(onnx_codes.prepared(graph), four_bit)
+    node, tensors = first_linear(codes.prepared(graph), four_bit)
     name = next(name for name, spec in graph.tensors.items() if spec.held is not None)
     weight = held_value(graph, name).double()
     x = torch.randn(2, 3, weight.shape[1], generator=torch.Generator().manual_seed(0))
@@ -93,7 +93,7 @@ def test_what_stays_beside_the_codes_and_what_does_not() -> None:
     """QA-LoRA is in the zero points, LoRA beside the codes; DoRA reads the weight, which is decoded for it."""
     integers, nf4 = make("intq", group=GROUP), make("nf4")
     kept = {
-        name: onnx_codes.with_codes(run.apply(graph_of("llama"), *steps))
+        name: codes.with_codes(run.apply(graph_of("llama"), *steps))
         for name, steps in {
             "qalora": (integers, make("qalora")),
             "lora": (nf4, make("lora")),

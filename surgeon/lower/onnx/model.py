@@ -11,9 +11,9 @@ from torch import fx
 
 from surgeon.errors import UnsupportedError
 from surgeon.graph import Graph, val
-from surgeon.lower.onnx_codes import prepared
-from surgeon.lower.onnx_join import OPSET, Joined, Shape, finish, typed
-from surgeon.lower.onnx_parts import META, SIZES, Part, Shapes, input_name, lower_part, lowered, segments, turnable
+from surgeon.lower.onnx.codes import prepared
+from surgeon.lower.onnx.join import OPSET, Joined, Shape, finish, typed
+from surgeon.lower.onnx.parts import META, SIZES, Part, Shapes, input_name, lower_part, lowered, segments, turnable
 from surgeon.module import read_tensor
 
 BATCH, NEW, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
@@ -26,7 +26,7 @@ def build(graph: Graph, dtype: torch.dtype, four_bit: str = "standard") -> ir.Mo
     Args:
         graph: a graph with values, without adapters.
         dtype: fp32 or fp16, of the weights and the arithmetic; what the graph does in fp32 stays so.
-        four_bit: see `surgeon.lower.onnx.export_onnx`.
+        four_bit: see `surgeon.lower.onnx.export.export_onnx`.
 
     Raises:
         UnsupportedError: a part of the graph has no ONNX form.

@@ -16,7 +16,7 @@ from benchmarks.zoo import build, causal, graphs
 from surgeon import lower, run
 from surgeon.errors import CheckFailed, UnsupportedError, UsageError
 from surgeon.graph import Graph
-from surgeon.lower import onnx, onnx_check
+from surgeon.lower.onnx import check, export
 from surgeon.passes import make
 from surgeon.stream import StreamingExecutor
 from surgeon.verification import make_probes
@@ -26,8 +26,8 @@ PADDING = (0, 4, 2)
 ERROR = 1e-5  # relative to the largest logit: fp32 arithmetic in another order
 
 
-def exported(graph: Graph, folder: Path, **options: Any) -> onnx.OnnxReport:
-    return onnx.export_onnx(graph, folder / "onnx", **options)
+def exported(graph: Graph, folder: Path, **options: Any) -> export.OnnxReport:
+    return export.export_onnx(graph, folder / "onnx", **options)
 
 
 def batch(graph: Graph) -> tuple[Any, Any]:
@@ -42,13 +42,13 @@ def batch(graph: Graph) -> tuple[Any, Any]:
 
 def stepped(file: Path, ids: Any, mask: Any) -> Any:
     """The logits of all tokens, fed through the cache as `SCHEDULE` says."""
-    session = onnx_check.open_session(file)
+    session = check.open_session(file)
     names = [node.name for node in session.get_inputs()]
     outputs = [node.name for node in session.get_outputs()]
-    past, start, logits = onnx_check.empty_cache(session, len(ids)), 0, []
+    past, start, logits = check.empty_cache(session, len(ids)), 0, []
     for new in SCHEDULE:
         end = start + new
-        places = onnx_check.numbered(mask)[:, start:end]
+        places = check.numbered(mask)[:, start:end]
         feed = {"input_ids": ids[:, start:end], "attention_mask": mask[:, :end], "position_ids": places, **past}
         found = dict(zip(outputs, session.run(None, {name: feed[name] for name in names}), strict=True))
         past = {k.replace("present", "past_key_values"): v for k, v in found.items() if k != "logits"}
@@ -62,7 +62,7 @@ def error_against_transformers(family: str, file: Path) -> float:
     ids, mask = batch(graphs.graph_of(family))
     given = {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in graphs.graph_of(family).inputs:
-        given["position_ids"] = onnx_check.numbered(mask)
+        given["position_ids"] = check.numbered(mask)
     with torch.no_grad():
         expected = graphs.model_of(family)(**{k: torch.from_numpy(v) for k, v in given.items()}).logits.numpy()
     difference = np.abs(stepped(file, ids, mask) - expected)[mask > 0]
@@ -70,16 +70,16 @@ def error_against_transformers(family: str, file: Path) -> float:
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> onnx.OnnxReport:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> export.OnnxReport:
     return exported(graphs.graph_of("llama"), tmp_path_factory.mktemp("llama"))
 
 
-def test_steps_through_the_cache_equal_transformers(llama: onnx.OnnxReport) -> None:
-    assert error_against_transformers("llama", llama.folder / onnx.MODEL) < ERROR
+def test_steps_through_the_cache_equal_transformers(llama: export.OnnxReport) -> None:
+    assert error_against_transformers("llama", llama.folder / export.MODEL) < ERROR
 
 
-def test_names_and_dimensions_are_those_that_runtimes_expect(llama: onnx.OnnxReport) -> None:
-    graph = ir.load(llama.folder / onnx.MODEL).graph
+def test_names_and_dimensions_are_those_that_runtimes_expect(llama: export.OnnxReport) -> None:
+    graph = ir.load(llama.folder / export.MODEL).graph
     kept = [f"past_key_values.{i}.{word}" for i in range(4) for word in ("key", "value")]
     assert [value.name for value in graph.inputs] == ["input_ids", "attention_mask", "position_ids", *kept]
     present = [name.replace("past_key_values", "present") for name in kept]
@@ -91,8 +91,8 @@ def test_names_and_dimensions_are_those_that_runtimes_expect(llama: onnx.OnnxRep
     assert shapes["present.0.key"] == ["batch_size", "2", "total_sequence_length", "8"]
 
 
-def test_the_replay_is_in_the_manifest(llama: onnx.OnnxReport) -> None:
-    manifest = json.loads((llama.folder / onnx.MANIFEST).read_text())
+def test_the_replay_is_in_the_manifest(llama: export.OnnxReport) -> None:
+    manifest = json.loads((llama.folder / export.MANIFEST).read_text())
     verified = manifest["verified"]
     assert verified["token_agreement"] == llama.token_agreement == 1.0
     assert verified["max_error"] == llama.max_error
@@ -104,20 +104,20 @@ def test_the_replay_is_in_the_manifest(llama: onnx.OnnxReport) -> None:
     assert all(len(row) == 20 for row in single["tokens"] + padded["tokens"])
 
 
-def test_no_path_and_no_trace_of_the_source(llama: onnx.OnnxReport) -> None:
+def test_no_path_and_no_trace_of_the_source(llama: export.OnnxReport) -> None:
     for path in llama.folder.iterdir():
         content = path.read_bytes()
         for word in (b"/home", b"/tmp", b"site-packages", b".py", str(Path.cwd()).encode(), str(llama.folder).encode()):
             assert word not in content, f"{word!r} in {path.name}"
 
 
-def test_the_folder_has_the_configs(llama: onnx.OnnxReport) -> None:
+def test_the_folder_has_the_configs(llama: export.OnnxReport) -> None:
     configs = {"config.json", "generation_config.json", "surgeon.json"}
     assert set(llama.files) == {"model.onnx", "model.onnx_data", *configs}
     assert json.loads((llama.folder / "config.json").read_text())["model_type"] == "llama"
 
 
-def test_weights_are_written_once(llama: onnx.OnnxReport) -> None:
+def test_weights_are_written_once(llama: export.OnnxReport) -> None:
     graph = graphs.graph_of("llama")
     parameters = sum(spec.count for spec in graph.tensors.values()) * 4
     assert parameters <= llama.files["model.onnx"] + llama.files["model.onnx_data"] < parameters + 120_000
@@ -125,7 +125,7 @@ def test_weights_are_written_once(llama: onnx.OnnxReport) -> None:
 
 def logits_of(graph: Graph, ids: Any, mask: Any) -> Any:
     """The graph's own logits, adapters not folded."""
-    given = {"input_ids": ids, "attention_mask": mask, "position_ids": onnx_check.numbered(mask)}
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": check.numbered(mask)}
     return StreamingExecutor(graph)(*(torch.from_numpy(given[name]) for name in graph.inputs))[0].numpy()
 
 
@@ -140,15 +140,15 @@ def test_adapters_are_folded_in_and_tied_weights_stay_one(tmp_path: Path) -> Non
     graph = adapted("gemma2", std=0.1)
     report = exported(graph, tmp_path)
     assert report.token_agreement == 1.0
-    initialisers = ir.load(report.folder / onnx.MODEL).graph.initializers
+    initialisers = ir.load(report.folder / export.MODEL).graph.initializers
     assert "model.embed_tokens.weight" in initialisers
     assert "lm_head.weight" not in initialisers
     ids, mask = batch(graph)
-    found = stepped(report.folder / onnx.MODEL, ids, mask)
+    found = stepped(report.folder / export.MODEL, ids, mask)
     expected, plain = logits_of(graph, ids, mask), logits_of(graphs.graph_of("gemma2"), ids, mask)
     assert np.abs(found - expected)[mask > 0].max() < ERROR * np.abs(expected).max()
     assert np.abs(found - plain)[mask > 0].max() > 0.1
-    passes = [step["name"] for step in json.loads((report.folder / onnx.MANIFEST).read_text())["passes"]]
+    passes = [step["name"] for step in json.loads((report.folder / export.MANIFEST).read_text())["passes"]]
     assert passes == ["lora", "vera"]
 
 
@@ -158,8 +158,8 @@ def test_fp16_of_a_fresh_adapter_keeps_every_tensor(tmp_path: Path) -> None:
     report = exported(graph, tmp_path, precision="fp16")
     assert report.token_agreement == 1.0
     assert report.max_error is not None
-    assert error_against_transformers("mistral", report.folder / onnx.MODEL) < 2e-2
-    found = ir.load(report.folder / onnx.MODEL).graph
+    assert error_against_transformers("mistral", report.folder / export.MODEL) < 2e-2
+    found = ir.load(report.folder / export.MODEL).graph
     kinds = {value.name: value.dtype for value in (*found.inputs, *found.outputs)}
     assert kinds["past_key_values.0.key"] == kinds["present.0.value"] == ir.DataType.FLOAT16
     parameters = {name for name, spec in graphs.graph_of("mistral").tensors.items() if spec.parameter}
@@ -170,19 +170,19 @@ def test_fp16_of_a_fresh_adapter_keeps_every_tensor(tmp_path: Path) -> None:
 
 
 def test_a_wrong_file_is_caught_and_nothing_is_left(
-    llama: onnx.OnnxReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: export.OnnxReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph = graphs.graph_of("llama")
     scaled = {name: value * 1.05 if "down_proj" in name else value for name, value in graph.values.items()}
-    monkeypatch.setattr(onnx, "build", lambda *_: ir.load(llama.folder / onnx.MODEL))
+    monkeypatch.setattr(export, "build", lambda *_: ir.load(llama.folder / export.MODEL))
     with pytest.raises(CheckFailed, match="ONNX Runtime computes something else"):
         exported(dataclasses.replace(graph, values=scaled), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_tokens_fail(llama: onnx.OnnxReport) -> None:
+def test_other_tokens_fail(llama: export.OnnxReport) -> None:
     graph = graphs.graph_of("llama")
-    found = onnx_check.replay(graph, llama.folder / onnx.MODEL, make_probes(graph, length=6), torch.float32, steps=3)
+    found = check.replay(graph, llama.folder / export.MODEL, make_probes(graph, length=6), torch.float32, steps=3)
     assert found.token_agreement == 1.0
     assert found.steps == 3
     found = dataclasses.replace(found, token_agreement=0.9)
@@ -192,11 +192,11 @@ def test_other_tokens_fail(llama: onnx.OnnxReport) -> None:
 
 def test_what_is_not_supported_is_said() -> None:
     with pytest.raises(UnsupportedError, match="for causal language models, classifiers and encoders; t5"):
-        onnx.exportable(graphs.graph_of("t5"))
+        export.exportable(graphs.graph_of("t5"))
     with pytest.raises(UnsupportedError, match="no place for kv_cache"):
-        onnx.exportable(run.apply(graphs.graph_of("llama"), make("kv_cache")))
+        export.exportable(run.apply(graphs.graph_of("llama"), make("kv_cache")))
     with pytest.raises(UsageError, match="fp16"):
-        onnx.export_onnx(graphs.graph_of("llama"), "unused", precision="fp61")
+        export.export_onnx(graphs.graph_of("llama"), "unused", precision="fp61")
     with pytest.raises(UsageError, match="onnx"):
         lower.export("unused", "unused", target="onxx")
 
@@ -219,4 +219,4 @@ FAMILIES = (
 def test_families(family: str, tmp_path: Path) -> None:
     report = exported(graphs.graph_of(family), tmp_path)
     assert report.token_agreement == 1.0
-    assert error_against_transformers(family, report.folder / onnx.MODEL) < ERROR
+    assert error_against_transformers(family, report.folder / export.MODEL) < ERROR

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from surgeon import ops
-from surgeon.lower.onnx_complex import unpair
+from surgeon.lower.onnx.complex import unpair
 
 aten = torch.ops.aten
 

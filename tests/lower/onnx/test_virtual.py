@@ -10,7 +10,7 @@ import pytest
 from benchmarks.zoo.folders import base_of
 from benchmarks.zoo.graphs import randomised
 from surgeon import run
-from surgeon.lower.onnx import export_onnx
+from surgeon.lower.onnx.export import export_onnx
 from surgeon.passes import make
 
 PREFIX, PROMPT = ("prefix", {"tokens": 3}), ("prompt", {"tokens": 4, "init": "normal"})

@@ -16,7 +16,7 @@ from benchmarks.zoo.encoder import save_encoder
 from benchmarks.zoo.graphs import graph_of, randomised
 from surgeon import run
 from surgeon.errors import CheckFailed
-from surgeon.lower import onnx, onnx_check, onnx_once
+from surgeon.lower.onnx import check, export, once
 from surgeon.model import load_model
 from surgeon.passes import make
 
@@ -61,11 +61,11 @@ def test_it_computes_what_torch_does(case: str, tmp_path: Path) -> None:
     family, task, steps = CASES[case]
     graph = run.apply(graph_of(family, task), *(make(name, **options) for name, options in steps))
     graph = randomised(graph, std=0.5)
-    report = onnx.export_onnx(graph, tmp_path / "onnx")
+    report = export.export_onnx(graph, tmp_path / "onnx")
     assert report.token_agreement == 1.0
     given = feed(graph)
     expected = load_model(graph)(**given)
-    session = onnx_check.open_session(tmp_path / "onnx" / onnx.MODEL)
+    session = check.open_session(tmp_path / "onnx" / export.MODEL)
     assert [node.name for node in session.get_inputs()] == [name for name in graph.inputs if name != "position_ids"]
     found = session.run(list(graph.outputs), {node.name: given[node.name].numpy() for node in session.get_inputs()})
     for name, value in zip(graph.outputs, found, strict=True):
@@ -76,14 +76,14 @@ def test_it_computes_what_torch_does(case: str, tmp_path: Path) -> None:
 def test_multiple_choice_in_half_precision(tmp_path: Path) -> None:
     base = save_encoder(tmp_path / "base")
     graph = randomised(surgeon.apply(base, "ptuning-v2", task="multiple-choice", tokens=3).trained())
-    report = onnx.export_onnx(graph, tmp_path / "onnx", precision="fp16")
+    report = export.export_onnx(graph, tmp_path / "onnx", precision="fp16")
     assert report.token_agreement == 1.0
-    model = ir.load(tmp_path / "onnx" / onnx.MODEL).graph
+    model = ir.load(tmp_path / "onnx" / export.MODEL).graph
     shapes = {value.name: [str(size) for size in value.shape or ()] for value in (*model.inputs, *model.outputs)}
     assert shapes["input_ids"] == ["batch_size", "choices", "sequence_length"]
     assert shapes["logits"] == ["batch_size", "choices"]
     assert sorted(report.files) == ["config.json", "model.onnx", "model.onnx_data", "surgeon.json"]
-    manifest = json.loads((tmp_path / "onnx" / onnx.MANIFEST).read_text())
+    manifest = json.loads((tmp_path / "onnx" / export.MANIFEST).read_text())
     assert [step["name"] for step in manifest["passes"]] == ["ptuning_v2"]
     assert manifest["verified"]["steps"] == 0
 
@@ -91,7 +91,7 @@ def test_multiple_choice_in_half_precision(tmp_path: Path) -> None:
 def test_another_model_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = graph_of("bert")
     other = randomised(run.apply(base, make("ptuning_v2", tokens=3)))
-    monkeypatch.setattr(onnx_once, "numbered", lambda _: base)
+    monkeypatch.setattr(once, "numbered", lambda _: base)
     with pytest.raises(CheckFailed, match="ONNX Runtime computes something else"):
-        onnx.export_onnx(other, tmp_path / "onnx")
+        export.export_onnx(other, tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []

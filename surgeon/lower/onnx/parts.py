@@ -21,8 +21,8 @@ from torch import fx
 from surgeon.compile import without_dropout
 from surgeon.errors import UnsupportedError
 from surgeon.graph import INPUT, MODEL_DEVICE, MODEL_DTYPE, Graph, copied, sweep
-from surgeon.lower import onnx_codes
-from surgeon.lower.onnx_standard import linear, standardise
+from surgeon.lower.onnx.codes import place
+from surgeon.lower.onnx.standard import linear, standardise
 
 aten = torch.ops.aten
 META = torch.device("meta")
@@ -86,10 +86,10 @@ def lowered(
     """A copy of a graph in standard operators with its tensors as inputs.
 
     Linears whose weight can be turned in every layer that shares the graph read it as `[in, out]`; those in codes are
-    what `surgeon.lower.onnx_codes` makes of them.
+    what `surgeon.lower.onnx.codes` makes of them.
     """
     fresh, _ = copied(without_dropout(part))
-    onnx_codes.place(fresh, prefixes[0], graph, four_bit)
+    place(fresh, prefixes[0], graph, four_bit)
     last = [node for node in fresh.nodes if node.op == "placeholder"][-1]
     constants: dict[fx.Node, Any] = {}
     tensors: dict[str, fx.Node] = {}
