@@ -4,8 +4,9 @@
     python -m benchmarks.quantised_learning --seeds 1 --steps 5 --rates 0.002 --out /tmp/tried.json
 
 Base: ../shared/models/pystdlib-llama, trained on Python; new domain: ../shared/data/c_headers, C header files, on which
-every run trains the same number of steps in the same order. Perplexity is of held-out C headers ("new"), and of
-held-out Python ("old") for the bases. Adapters are on all linears. Integers are in groups of 32 with float zero points.
+every run trains the same number of steps in the same order. Perplexity is of held-out C headers that no training row
+repeats ("new"), and of held-out Python ("old") for the bases. Adapters are on all linears. Integers are in groups of 32
+with float zero points.
 
 A run is a method over a grid; its rows are the ways to deploy it:
 
@@ -35,11 +36,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-BASE = SHARED / "models/pystdlib-llama"
-TRAIN, NEW, OLD = (SHARED / "data" / name for name in (
-    "c_headers.train.jsonl", "c_headers.heldout.jsonl", "pystdlib_long.heldout.jsonl",
-))  # fmt: skip
+from benchmarks.domain import BASE, SHARED, TRAIN, unseen
+
+OLD = SHARED / "data/pystdlib_long.heldout.jsonl"
 RESULT = Path(__file__).parent / "results" / "quantised_learning.json"
 RANK, ALPHA, GROUP, BATCH, HELD_OUT = 16, 32.0, 32, 4, 96
 MOST_RATES = 5
@@ -87,7 +86,8 @@ def setting(steps: int, length: int) -> Setting:
     from surgeon.render import load_data
 
     tokenizer = tokenizer_of(BASE)
-    train, new, old = (load_data(file, tokenizer, length) for file in (TRAIN, NEW, OLD))
+    with tempfile.TemporaryDirectory() as folder:
+        train, new, old = (load_data(file, tokenizer, length) for file in (TRAIN, unseen(Path(folder)), OLD))
     new, old = (dataclasses.replace(data, samples=data.samples[:HELD_OUT]) for data in (new, old))
     return Setting(tokenizer, train, new, old, steps)
 
