@@ -20,6 +20,9 @@ def command(
     folder: Annotated[Path, typer.Argument(help="Work folder, PEFT adapter folder or checkpoint.")] = Path("work"),
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; default: the target.")] = None,
     target: Annotated[str, typer.Option(help="onnx, triton, hf (as surgeon merge), vllm or sglang.")] = "onnx",
+    profile: Annotated[
+        str, typer.Option(help="onnx: the runtimes it is for: ort, genai, web or openvino. Default: ort.")
+    ] = "",
     precision: Annotated[
         str, typer.Option(help="onnx: fp32 or fp16; triton: bf16 too. Default: onnx fp32, triton the base's own.")
     ] = "",
@@ -63,6 +66,9 @@ def command(
         options |= {"arch": arch.split(",")} if arch else {}
     elif target == "onnx":
         options |= {"precision": precision or "fp32", "codes": codes, "four_bit": four_bit}
+        options |= {"profile": profile} if profile else {}
+    if profile and target != "onnx":
+        raise UsageError("--profile is for --target onnx", f"--target {target}", "leave it out")
     for name, given in (("--arch", arch), ("--keep-adapter", keep_adapter is not None)):
         if given and target != "triton":
             raise UsageError(f"{name} is for --target triton", f"--target {target}", "leave it out")
@@ -89,6 +95,7 @@ def summary(report: OnnxReport) -> dict[str, Any]:
         "files": report.files,
         "precision": report.precision,
         "opset": report.opset,
+        "profile": report.profile,
         "max_error": report.max_error,
         "bound": report.bound,
         "because": replay.because if replay else "not verified",
@@ -102,7 +109,8 @@ def summary(report: OnnxReport) -> dict[str, Any]:
 def view(report: OnnxReport) -> RenderableType:
     """The same for people: the files, and what ONNX Runtime said."""
     files = ", ".join(f"{name} {output.size(size)}" for name, size in report.files.items())
-    fields = {"wrote": str(report.folder), "files": files, "precision": f"{report.precision}, opset {report.opset}"}
+    fields = {"wrote": str(report.folder), "files": files, "profile": report.profile}
+    fields["precision"] = f"{report.precision}, opset {report.opset}"
     replay = report.replay
     if replay:
         rows = sum(len(batch.prompts) for batch in replay.batches)

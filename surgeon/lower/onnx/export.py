@@ -26,8 +26,8 @@ from surgeon.graph import Graph
 from surgeon.lower.onnx import once as run_once
 from surgeon.lower.onnx.check import Replay, replay
 from surgeon.lower.onnx.codes import with_codes
-from surgeon.lower.onnx.join import OPSET
 from surgeon.lower.onnx.model import build
+from surgeon.lower.onnx.profiles import DEFAULT, Profile, find
 from surgeon.lower.virtual_columns import as_columns
 from surgeon.passes import make
 from surgeon.passes.base import Adapter
@@ -48,6 +48,7 @@ class OnnxReport:
         files: what was written, with sizes in bytes.
         precision: "fp32" or "fp16".
         opset: the ONNX opset.
+        profile: what it was made for, see `surgeon.lower.onnx.profiles`.
         replay: what ONNX Runtime computed, None if it was not asked.
         seconds: time taken.
         peak_rss_bytes: the process's peak memory so far.
@@ -57,6 +58,7 @@ class OnnxReport:
     files: dict[str, int]
     precision: str
     opset: int
+    profile: str
     replay: Replay | None
     seconds: float
     peak_rss_bytes: int
@@ -81,6 +83,7 @@ def export_onnx(
     graph: Graph,
     out: str | Path,
     *,
+    profile: str = DEFAULT,
     precision: str = "fp32",
     codes: bool = True,
     four_bit: str = "standard",
@@ -98,6 +101,7 @@ def export_onnx(
     Args:
         graph: a causal language model, a classifier or an encoder, with values.
         out: the new folder.
+        profile: the runtimes it is for, one of `surgeon.lower.onnx.profiles.PROFILES`.
         precision: "fp32" or "fp16", of weights, cache and arithmetic; norms and softmax stay fp32.
         codes: keep codes; without, they are decoded, and the adapters folded in.
         four_bit: NF4 and FP4 as "standard" operators, decoded when the model is loaded, or as "bnb4", MatMulBnb4, which
@@ -109,18 +113,19 @@ def export_onnx(
     Raises:
         CheckFailed: ONNX Runtime computes something else; nothing is left behind.
         UnsupportedError: the model has a decoder with an encoder, or a part of it has no ONNX form.
-        UsageError: no such precision, or `out` exists.
+        UsageError: no such precision or profile, or `out` exists.
     """
     began = time.perf_counter()
     if precision not in PRECISIONS:
         raise UsageError(f"no precision {precision}", "--precision", f"did you mean {nearest(precision, PRECISIONS)}?")
     if four_bit not in FOUR_BIT:
         raise UsageError(f"no 4-bit form {four_bit}", "--four-bit", f"one of {', '.join(FOUR_BIT)}")
+    made_for = find(profile)
     check_target(Path(out), overwrite)
     plain = exportable(graph, codes)
     dtype = PRECISIONS[precision]
     once = graph.task in run_once.TASKS
-    model = build(run_once.numbered(plain) if once else run.apply(plain, make("kv_cache")), dtype, four_bit)
+    model = build(run_once.numbered(plain) if once else run.apply(plain, make("kv_cache")), dtype, four_bit, made_for)
     with atomic_folder(out, overwrite=overwrite) as folder:
         ir.save(model, folder / MODEL, external_data=DATA)
         del model
@@ -130,11 +135,12 @@ def export_onnx(
             checked = check(plain, folder / MODEL, make_probes(plain, tokenizer), dtype)
             checked.require(str(out))
         _write_configs(plain, folder, tokenizer, dtype)
-        manifest = _manifest(graph, precision, checked)
+        manifest = _manifest(graph, made_for, precision, checked)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return OnnxReport(
-        folder=Path(out), files=files, precision=precision, opset=OPSET, replay=checked,
+        folder=Path(out), files=files, precision=precision, opset=made_for.opset, profile=profile,
+        replay=checked,
         seconds=time.perf_counter() - began,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )  # fmt: skip
@@ -181,12 +187,13 @@ def _write_configs(graph: Graph, folder: Path, tokenizer: Any, dtype: torch.dtyp
     generation.save_pretrained(folder)
 
 
-def _manifest(graph: Graph, precision: str, checked: Replay | None) -> dict[str, Any]:
+def _manifest(graph: Graph, profile: Profile, precision: str, checked: Replay | None) -> dict[str, Any]:
     """What the export is, without a path of this machine."""
     return {
         "target": "onnx",
+        "profile": profile.name,
         "precision": precision,
-        "opset": OPSET,
+        "opset": profile.opset,
         "passes": [{"name": step.name, "options": step.options()} for step in graph.applied],
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "agreement": "tokens agree if they are equal or their logits in torch differ by no more than twice the error",

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 import torch
 
-OPSET = 21
-"""INT4 DequantizeLinear is standard from here on, and every current runtime reads it."""
 _DTYPES = {
     torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.int64: ir.DataType.INT64,
     torch.int32: ir.DataType.INT32, torch.bool: ir.DataType.BOOL, torch.float64: ir.DataType.DOUBLE,
@@ -72,7 +70,7 @@ def typed(name: str, dtype: torch.dtype, shape: Shape) -> ir.Value:
 
 
 def finish(
-    joined: Joined, inputs: Sequence[ir.Value], results: Sequence[ir.Value], outputs: Sequence[ir.Value]
+    joined: Joined, inputs: Sequence[ir.Value], results: Sequence[ir.Value], outputs: Sequence[ir.Value], opset: int
 ) -> ir.Model:
     """The model: nodes in order, outputs under their names, nothing that tells where it was made."""
     made: set[str] = set()
@@ -86,7 +84,7 @@ def finish(
         made.add(str(wanted.name))
         final.append(value)
     used = [value for value in joined.tensors.values() if value.uses()]
-    imports = {"": OPSET, **{node.domain: 1 for node in joined.nodes if node.domain}}
+    imports = {"": opset, **{node.domain: 1 for node in joined.nodes if node.domain}}
     graph = ir.Graph(list(inputs), final, nodes=joined.nodes, initializers=used, opset_imports=imports, name="model")
     model = ir.Model(graph, ir_version=10, producer_name="surgeon")
     _strip(model)

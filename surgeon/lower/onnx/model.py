@@ -12,21 +12,25 @@ from torch import fx
 from surgeon.errors import UnsupportedError
 from surgeon.graph import Graph, val
 from surgeon.lower.onnx.codes import prepared
-from surgeon.lower.onnx.join import OPSET, Joined, Shape, finish, typed
+from surgeon.lower.onnx.join import Joined, Shape, finish, typed
 from surgeon.lower.onnx.parts import META, SIZES, Part, Shapes, input_name, lower_part, lowered, segments, turnable
+from surgeon.lower.onnx.profiles import DEFAULT, PROFILES, Profile
 from surgeon.module import read_tensor
 
 BATCH, NEW, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 CHOICES, LONGER = "choices", "output_length"
 
 
-def build(graph: Graph, dtype: torch.dtype, four_bit: str = "standard") -> ir.Model:
+def build(
+    graph: Graph, dtype: torch.dtype, four_bit: str = "standard", profile: Profile = PROFILES[DEFAULT]
+) -> ir.Model:
     """The ONNX model of a graph: a causal language model with K/V cache, or a model that is run once.
 
     Args:
         graph: a graph with values, without adapters.
         dtype: fp32 or fp16, of the weights and the arithmetic; what the graph does in fp32 stays so.
         four_bit: see `surgeon.lower.onnx.export.export_onnx`.
+        profile: what it is made for.
 
     Raises:
         UnsupportedError: a part of the graph has no ONNX form.
@@ -42,11 +46,11 @@ def build(graph: Graph, dtype: torch.dtype, four_bit: str = "standard") -> ir.Mo
     models = {}
     for part, paths in graph.groups():
         first, second = (run.given[id(part)] for run in runs)
-        models[id(part)] = _lower(layers[id(part)].graph, first, second, paths[0])
+        models[id(part)] = _lower(layers[id(part)].graph, first, second, paths[0], profile.opset)
     joined = Joined(lambda name: _stored(graph, name, turned, dtype))
     inputs = [typed(name, kind, shape) for name, shape, kind in _interface(graph, dtype)]
-    results = _join(graph, joined, trunk, runs, inputs, lambda path: _layer(graph, models, layers, path))
-    return finish(joined, inputs, results, _outputs(graph, trunk, runs))
+    results = _join(graph, joined, trunk, runs, inputs, lambda path: _layer(graph, models, layers, path), profile.opset)
+    return finish(joined, inputs, results, _outputs(graph, trunk, runs), profile.opset)
 
 
 def _layer(graph: Graph, models: dict[int, ir.Model], layers: dict[int, Part], path: str) -> tuple[ir.Model, list[str]]:
@@ -61,6 +65,7 @@ def _join(
     runs: tuple[Shapes, ...],
     inputs: Sequence[ir.Value],
     layer: Callable[[str], tuple[ir.Model, list[str]]],
+    opset: int,
 ) -> list[ir.Value]:
     """Stamp the trunk's segments and the layers in turn; returns the values of the trunk's outputs."""
     first, second = (run.env for run in runs)
@@ -74,7 +79,7 @@ def _join(
         if (piece := pieces.get(number)) is None:
             return
         one, two = (tuple(run[node] for node in piece.inputs) for run in (first, second))
-        model = _lower(piece.graph, one, two, "the trunk")
+        model = _lower(piece.graph, one, two, "the trunk", opset)
         made = joined.stamp(model, f"trunk_{number}/", {i: values[node] for i, node in enumerate(piece.inputs)})
         values.update(zip(piece.outputs, made, strict=True))
 
@@ -111,9 +116,9 @@ def _run(
     return shapes
 
 
-def _lower(part: fx.Graph, first: tuple[Any, ...], second: tuple[Any, ...], where: str) -> ir.Model:
+def _lower(part: fx.Graph, first: tuple[Any, ...], second: tuple[Any, ...], where: str, opset: int) -> ir.Model:
     try:
-        return lower_part(part, first, second, OPSET)
+        return lower_part(part, first, second, opset)
     except UnsupportedError as error:
         raise UnsupportedError(error.what, where, error.hint) from error
 
