@@ -238,7 +238,7 @@ def main() -> None:
     """Measure what is missing, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rates", nargs="+", type=float, default=[5e-3, 1e-2])
+    parser.add_argument("--rates", nargs="+", type=float, default=[3.5e-3, 7e-3, 1.4e-2])
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--out", type=Path, default=RESULT)
