@@ -10,8 +10,7 @@ from surgeon.kernels import aot
 VARIANTS = [variant for module in kernels.files() for variant in module.VARIANTS]
 FIRST = list({variant.kernel.name: variant for variant in reversed(VARIANTS)}.values())
 """One for each kernel, the first that its file declares."""
-FEW = [pair for i, variant in enumerate(FIRST) for pair in ((variant, "sm_80"), (variant, aot.TARGETS[1 + i % 3]))]
-"""sm_80, where registers are fewest, for each kernel; the other targets in turn."""
+FEW = [(variant, target) for variant in FIRST for target in aot.TARGETS]
 REST = [(variant, target) for variant in VARIANTS for target in aot.TARGETS if (variant, target) not in FEW]
 
 
