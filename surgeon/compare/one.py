@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -36,6 +37,8 @@ from surgeon.text import diff
 from surgeon.train import train
 
 Result = dict[str, Any]
+MOST_RATES = 5
+"""That a search tries: it goes on beyond the first three while the best is the last."""
 _IMPORTS = 6.0
 """Seconds that Python and the libraries take before a run begins, as an estimate."""
 
@@ -98,18 +101,29 @@ class One:
 
     def _search(self, place: Path) -> Result:
         """The learning rate with the least loss on rows of the training data that were kept apart."""
-        rows, kept = validation_of(self.rows)
-        tried: dict[str, float] = {}
-        for number, lr in enumerate(self.run.contender.rates):
-            model, hooks = self._model(place / f"model-{number}")
-            data, judge = self._samples(model, rows), self._samples(model, kept)
+        tried: dict[float, float] = {}
+        rates = list(self.run.contender.rates)
+        while rates:
+            lr = rates.pop(0)
             try:
-                self._train(model, data, place / str(number), steps=self.settings.search_steps, lr=lr, hooks=hooks)
-                tried[f"{lr:.3g}"] = evaluate(model, self.tokenizer, judge).loss
+                tried[lr] = self._tried(lr, place / str(len(tried)))
             except SurgeonError:
-                if number == 0:
+                if not tried:
                     raise  # a lower rate does not help where the lowest fails
-        return {"tried": tried, "lr": float(min(tried, key=tried.__getitem__))}
+                tried[lr] = math.inf
+            if not rates and (beyond := outside(tried)):
+                rates.append(beyond)
+        told = {f"{lr:.3g}": loss if math.isfinite(loss) else None for lr, loss in tried.items()}
+        return {"tried": told, "lr": min(tried, key=tried.__getitem__)}
+
+    def _tried(self, lr: float, place: Path) -> float:
+        """The loss that a learning rate leaves on the rows kept apart; infinite if it is not a number."""
+        rows, kept = validation_of(self.rows)
+        model, hooks = self._model(place / "model")
+        data, judge = self._samples(model, rows), self._samples(model, kept)
+        self._train(model, data, place / "run", steps=self.settings.search_steps, lr=lr, hooks=hooks)
+        loss = float(evaluate(model, self.tokenizer, judge).loss)
+        return loss if math.isfinite(loss) else math.inf
 
     def _trained(self, place: Path) -> Result:
         """What a whole run costs and gives; for the first seed also what is left of it when it is deployed."""
@@ -166,6 +180,14 @@ class One:
             model, self.tokenizer, data, out=out, steps=steps, batch_size=self.settings.batch_size, lr=lr,
             warmup=0.1, seed=self.run.seed, progress=False, hooks=hooks,
         )  # fmt: skip
+
+
+def outside(tried: dict[float, float]) -> float | None:
+    """The next learning rate to try: three times beyond the best, while that is the last on its side."""
+    best = min(tried, key=tried.__getitem__)
+    if len(tried) >= MOST_RATES or min(tried) < best < max(tried):
+        return None
+    return best * 3 if best == max(tried) else best / 3
 
 
 class Times(Hook):

@@ -28,7 +28,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Peer:
-    """The same runs through PEFT: its loss reduction, and surgeon's share of its reduction, step time and memory."""
+    """The same runs through PEFT: its loss reduction, and surgeon's share of its reduction, step time and memory.
+
+    Times and memory are compared seed by seed, a pair of runs after each other; the median pair counts.
+    """
 
     reduction: Spread
     reduction_ratio: float
@@ -126,10 +129,12 @@ def _peer(base: Result, own: Sequence[Result], peers: Sequence[Result]) -> Peer:
     count = min(len(own), len(peers))
     falls = [base["loss"] - result["loss"] for result in peers[:count]]
     ours = statistics.mean(base["loss"] - result["loss"] for result in own[:count])
-    means = [
-        [statistics.mean(result[name] for result in side[:count]) for side in (own, peers)]
-        for name in ("seconds_per_step", "memory_bytes")
-    ]
-    time, memory = (mine / theirs if theirs else None for mine, theirs in means)
+    time, memory = (_ratio(own, peers, name) for name in ("seconds_per_step", "memory_bytes"))
     fall = statistics.mean(falls)
     return Peer(Spread.of(falls), ours / fall if fall else 0.0, time or 0.0, memory)
+
+
+def _ratio(own: Sequence[Result], peers: Sequence[Result], name: str) -> float | None:
+    """The median over seeds of what one side measured by what the other did; None where that is nothing."""
+    ratios = [mine[name] / theirs[name] for mine, theirs in zip(own, peers, strict=False) if theirs[name]]
+    return statistics.median(ratios) if ratios else None
