@@ -7,7 +7,8 @@ Bases: `small`, ../shared/models/pystdlib-llama (5.5M); `100m`, a random Llama o
 the attentions' linears or on all of a layer, all of rank 8, or of ranks 8, 16, 32 and 64 in turn. Every request has 32
 tokens behind it and computes one more.
 
-one / mixed     surgeon's server, all requests with one adapter, the last / each with its own
+one / mixed     surgeon's server, all requests with one adapter, the last, which has the largest rank / each its own
+read            all numbers of the adapters, read once from memory: what the mixed step has to do beyond the one
 base            surgeon's server, no adapters
 slots           the same step over vLLM's layout, in torch: matrices padded to the largest rank, one slot per adapter,
                 those of each request gathered (vllm/lora/ops/torch_ops), shrink and expand as batched products
@@ -168,6 +169,16 @@ def over_slots(engine: Any, packed: list[Any], requests: int) -> Callable[[], No
     return run
 
 
+def reading(engine: Any, packed: list[Any]) -> Callable[[], None]:
+    """Every number of the adapters once; they lie at the front of the pool."""
+    numbers = sum(one.nbytes for one in packed) // engine.memory.pool.data.element_size()
+
+    def run() -> None:
+        engine.memory.pool.data[:numbers].sum()
+
+    return run
+
+
 def peft_steps(folder: Path, setting: Setting, requests: int) -> tuple[Callable[[], None], Callable[[], None]]:
     """PEFT's step with one adapter for all, and with each request's own."""
     import peft
@@ -210,6 +221,7 @@ def measure(folder: Path, setting: Setting, requests: int, rounds: int, with_pef
         "one": batch(engine, packed[-1:], requests, "one"),
         "mixed": batch(engine, packed, requests, "mixed"),
         "slots": over_slots(engine, packed, requests),
+        "read": reading(engine, packed),
     }
     if with_peft:
         steps["peft one"], steps["peft mixed"] = peft_steps(folder, setting, requests)
@@ -223,7 +235,7 @@ def measure(folder: Path, setting: Setting, requests: int, rounds: int, with_pef
                     times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
     pairs = [("mixed", "one"), ("slots", "mixed")]
     pairs += [("peft mixed", "peft one"), ("peft one", "one"), ("peft mixed", "mixed")] if with_peft else []
-    found: dict[str, Any] = {"requests": requests, "rounds": rounds}
+    found: dict[str, Any] = {"requests": requests, "rounds": rounds, "adapters' bytes": sum(p.nbytes for p in packed)}
     for place, clock in enumerate(("seconds", "cpu seconds")):
         found[clock] = {name: statistics.median(one[place] for one in listed) for name, listed in times.items()}
         found[f"ratios, {clock}"] = {

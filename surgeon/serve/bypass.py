@@ -12,7 +12,6 @@ from __future__ import annotations
 import warnings
 
 import torch
-from torch.nn import functional as F
 
 from surgeon.serve.work import Low, Single, Work, work
 
@@ -74,7 +73,7 @@ def _add(y: torch.Tensor, x: torch.Tensor, pool: torch.Tensor, todo: Work) -> No
         delta += _sampled(x, a_rows, b_rows, pool, todo.single, todo.low)
     for group in todo.groups:
         low = (x[group.tokens] @ a_rows[group.a].T) * group.scale.to(x.dtype)
-        for vectors in (v for v in todo.low if v.rank == len(group.a)):
+        for vectors in (v for v in todo.low if v.rank == group.rank):
             inside = (vectors.tokens >= group.tokens.start) & (vectors.tokens < group.tokens.stop)
             low[vectors.tokens[inside] - group.tokens.start] *= view(pool, vectors.rank)[vectors.rows[inside]]
         delta[group.tokens].addmm_(low, b_rows[group.b])
@@ -92,14 +91,13 @@ def _sampled(
     low: tuple[Low, ...],
 ) -> torch.Tensor:
     """Every token with its own rows, `[n, out]`."""
-    pattern = torch.sparse_csr_tensor(
-        single.starts, single.a, single.scale, size=(len(x), len(a_rows)), check_invariants=False
-    )
-    values = torch.sparse.sampled_addmm(pattern, x, a_rows.T, beta=0.0).values() * single.scale
+    down, up = single.patterns(len(a_rows), len(b_rows))
+    values = up.values()
+    torch.mul(torch.sparse.sampled_addmm(down, x, a_rows.T, beta=0.0).values(), single.scale, out=values)
     for vectors in low:
         alone = vectors.places[:, 0] >= 0
         values[vectors.places[alone]] *= view(pool, vectors.rank)[vectors.rows[alone]]
-    return F.embedding_bag(single.b, b_rows, single.starts[:-1], mode="sum", per_sample_weights=values)
+    return torch.sparse.mm(up, b_rows, "sum")
 
 
 def _scaled(

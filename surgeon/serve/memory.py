@@ -158,7 +158,8 @@ class Memory:
 
     def _place(self, packed: Packed) -> Resident:
         """Copy an adapter into free pages."""
-        pages = self.pool.take(self.size(packed), packed.key)
+        # Rows that are neighbours are read without a copy.
+        pages = sorted(self.pool.take(self.size(packed), packed.key))
         left = list(pages)
         columns = {}
         for number, learned in packed.columns.items():

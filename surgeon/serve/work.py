@@ -19,18 +19,20 @@ class Group:
 
     Attributes:
         tokens: which.
-        a: rows of A in the pool's view of their width, `[r]`.
+        a: rows of A in the pool's view of their width, `[r]`, or their slice where they are neighbours.
         b: rows of B.
         scale: of each token, `[n, 1]`.
+        rank: r.
     """
 
     tokens: slice
-    a: torch.Tensor
-    b: torch.Tensor
+    a: torch.Tensor | slice
+    b: torch.Tensor | slice
     scale: torch.Tensor
+    rank: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Single:
     """Tokens that meet their rows one by one, as the rows of a sparse matrix.
 
@@ -45,6 +47,24 @@ class Single:
     a: torch.Tensor
     b: torch.Tensor
     scale: torch.Tensor
+    _patterns: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def patterns(self, a_rows: int, b_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which rows of A and of B each token meets, sparse matrices over all rows of the pool, made once.
+
+        The values of the second are written anew at every use.
+        """
+        if self._patterns is None:
+            count = len(self.starts) - 1
+            self._patterns = (
+                _sparse(self.starts, self.a, self.scale, (count, a_rows)),
+                _sparse(self.starts, self.b, self.scale.clone(), (count, b_rows)),
+            )
+        return self._patterns
+
+
+def _sparse(starts: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
 
 
 @dataclass(frozen=True)
@@ -166,7 +186,16 @@ def _group(run: Run, runs: list[Run], lines: list[list[int]], weights: list[floa
     scale = [weights[other] for a, b, other in runs if start <= a < stop for _ in range(a, b)]
     first_a, first_b, rank = lines[owner][FIRST_A], lines[owner][FIRST_B], lines[owner][RANK]
     column = torch.tensor(scale, device=rows.device)[:, None]
-    return Group(slice(start, stop), rows[first_a : first_a + rank], rows[first_b : first_b + rank], column)
+    a, b = (_neighbours(rows[first : first + rank]) for first in (first_a, first_b))
+    return Group(slice(start, stop), a, b, column, rank)
+
+
+def _neighbours(rows: torch.Tensor) -> torch.Tensor | slice:
+    """Rows one after another as a slice: reading it makes no copy."""
+    first, count = int(rows[0]), len(rows)
+    if torch.equal(rows, torch.arange(first, first + count, device=rows.device)):
+        return slice(first, first + count)
+    return rows
 
 
 def _single(

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+import safetensors.torch
 import torch
 
 from benchmarks.zoo.graphs import randomised
@@ -142,6 +143,34 @@ def test_adapters_that_do_not_fit_are_refused(client: httpx.Client, running: Run
         told(client.post("/v1/completions", json={**GOOD, "model": name}), 404)
     monkeypatch.setattr(running.server.registry, "page_limit", 6)
     assert "its rank is too high" in told(load(client, "large", peft), 400)
+
+
+def test_an_adapter_for_another_base_is_refused(client: httpx.Client, running: Running, tmp_path: Path) -> None:
+    root = running.root / ".foreign"
+    shutil.rmtree(root, ignore_errors=True)
+    work = root / "work"
+    shutil.copytree(running.folders["lora"], work)
+    record = json.loads((work / "surgery.json").read_text())
+    record["base"] |= {"fingerprint": "0" * len(record["base"]["fingerprint"]), "path": "models/other"}
+    (work / "surgery.json").write_text(json.dumps(record))
+    answer = load(client, "foreign", work)
+    message = told(answer, 400)
+    assert "the adapter was made for another base (fingerprint)" in message
+    assert "serve models/other for it" in message
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+    other = tmp_path / "other"  # the base that PEFT's folder names lies here, with the same shapes and other values
+    shutil.copytree(running.base.source, other)
+    weights = safetensors.torch.load_file(other / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] + 1
+    safetensors.torch.save_file(weights, other / "model.safetensors")
+    peft = root / "peft"
+    shutil.copytree(running.folders["lora"], peft)
+    (peft / "surgery.json").unlink()
+    config = json.loads((peft / "adapter_config.json").read_text())
+    (peft / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(other)}))
+    assert f"serve {other} for it" in told(load(client, "foreign", peft), 400)
+    told(client.post("/v1/completions", json={**GOOD, "model": "foreign"}), 404)
 
 
 def test_load_use_and_unload(client: httpx.Client, running: Running) -> None:
