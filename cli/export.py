@@ -96,6 +96,8 @@ def summary(report: OnnxReport) -> dict[str, Any]:
         "precision": report.precision,
         "opset": report.opset,
         "profile": report.profile,
+        "attention": report.attention,
+        "fallbacks": report.fallbacks,
         "max_error": report.max_error,
         "bound": report.bound,
         "because": replay.because if replay else "not verified",
@@ -111,6 +113,9 @@ def view(report: OnnxReport) -> RenderableType:
     files = ", ".join(f"{name} {output.size(size)}" for name, size in report.files.items())
     fields = {"wrote": str(report.folder), "files": files, "profile": report.profile}
     fields["precision"] = f"{report.precision}, opset {report.opset}"
+    fields["attention"] = {"gqa": "GroupQueryAttention"}.get(report.attention, "standard operators")
+    for why, paths in report.fallbacks.items():
+        fields["attention"] += f"; no GroupQueryAttention: {why} ({paths[0]}{', …' if len(paths) > 1 else ''})"
     replay = report.replay
     if replay:
         rows = sum(len(batch.prompts) for batch in replay.batches)

@@ -23,11 +23,12 @@ from surgeon.atomic import atomic_folder, check_target
 from surgeon.errors import UnsupportedError, UsageError, nearest
 from surgeon.finalise import finalise
 from surgeon.graph import Graph
+from surgeon.lower.onnx import gqa
 from surgeon.lower.onnx import once as run_once
 from surgeon.lower.onnx.check import Replay, replay
 from surgeon.lower.onnx.codes import with_codes
 from surgeon.lower.onnx.model import build
-from surgeon.lower.onnx.profiles import DEFAULT, Profile, find
+from surgeon.lower.onnx.profiles import DEFAULT, GQA, STANDARD, Profile, find
 from surgeon.lower.virtual_columns import as_columns
 from surgeon.passes import make
 from surgeon.passes.base import Adapter
@@ -49,6 +50,8 @@ class OnnxReport:
         precision: "fp32" or "fp16".
         opset: the ONNX opset.
         profile: what it was made for, see `surgeon.lower.onnx.profiles`.
+        attention: what computes it, "gqa" or "standard".
+        fallbacks: why not what the profile has: reason → paths of the layers.
         replay: what ONNX Runtime computed, None if it was not asked.
         seconds: time taken.
         peak_rss_bytes: the process's peak memory so far.
@@ -59,6 +62,8 @@ class OnnxReport:
     precision: str
     opset: int
     profile: str
+    attention: str
+    fallbacks: dict[str, list[str]]
     replay: Replay | None
     seconds: float
     peak_rss_bytes: int
@@ -125,7 +130,8 @@ def export_onnx(
     plain = exportable(graph, codes)
     dtype = PRECISIONS[precision]
     once = graph.task in run_once.TASKS
-    model = build(run_once.numbered(plain) if once else run.apply(plain, make("kv_cache")), dtype, four_bit, made_for)
+    final, attention, fallbacks = _final(plain, made_for)
+    model = build(final, dtype, four_bit, made_for)
     with atomic_folder(out, overwrite=overwrite) as folder:
         ir.save(model, folder / MODEL, external_data=DATA)
         del model
@@ -136,14 +142,39 @@ def export_onnx(
             checked.require(str(out))
         _write_configs(plain, folder, tokenizer, dtype)
         manifest = _manifest(graph, made_for, precision, checked)
+        manifest["attention"] = _attention(attention, fallbacks)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return OnnxReport(
         folder=Path(out), files=files, precision=precision, opset=made_for.opset, profile=profile,
+        attention=attention, fallbacks=fallbacks,
         replay=checked,
         seconds=time.perf_counter() - began,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )  # fmt: skip
+
+
+def _final(plain: Graph, profile: Profile) -> tuple[Graph, str, dict[str, list[str]]]:
+    """What is lowered, the kind of its attention, and why that is not the profile's."""
+    if plain.task in run_once.TASKS:
+        return run_once.numbered(plain), STANDARD, {}
+    cached = run.apply(plain, make("kv_cache"))
+    if profile.attention != GQA:
+        return cached, STANDARD, {}
+    fused = gqa.fuse(cached)
+    return fused.graph, GQA if fused.fused else STANDARD, {why: list(paths) for why, paths in fused.reasons.items()}
+
+
+def _attention(kind: str, fallbacks: dict[str, list[str]]) -> dict[str, Any]:
+    """The manifest's word on attention: what a runtime may do with the cache."""
+    own = kind == GQA
+    return {
+        "operator": "com.microsoft.GroupQueryAttention" if own else "standard",
+        "fallbacks": fallbacks,
+        "padding": "left or right",
+        "past_present_share_buffer": own,
+        "rows_that_continue_by_several_tokens": "one" if own else "any",
+    }
 
 
 def exportable(graph: Graph, codes: bool = True) -> Graph:
