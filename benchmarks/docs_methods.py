@@ -1,7 +1,7 @@
-"""The parts of `docs/methods/*.md` that are made and not written: equation, diff, options, measured rows.
+"""What is made and not written in `docs/methods/*.md`: equation, diff, options, measured rows; and the README's tables.
 
     python -m benchmarks.docs_methods                                      # equations, diffs and options
-    python -m benchmarks.docs_methods --results llama/compare.json minilm/compare.json
+    python -m benchmarks.docs_methods --results benchmarks/results/compare_{llama,minilm}.json
 
 A page has the parts between `<!-- begin: name -->` and `<!-- end: name -->`; the rest is text. Diffs are of the tiny
 models of `benchmarks/zoo`: `tests/test_docs_methods.py` makes them again. Measured rows are the output of `surgeon
@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PAGES = Path(__file__).resolve().parents[1] / "docs/methods"
+ROOT = Path(__file__).resolve().parents[1]
+PAGES, README = ROOT / "docs/methods", ROOT / "README.md"
 LINEARS = {"targets": "q_proj"}
 
 
@@ -102,6 +103,25 @@ def measured(page: Page, results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def overview(result: Mapping[str, Any]) -> str:
+    """Every method of one comparison: a table of the README."""
+    classes = result["settings"]["task"].endswith("classification")
+    head = ["method", "trained", "file", *(["accuracy"] if classes else []), "held-out loss", "merged", "4-bit", "ONNX"]
+    head += ["fall / PEFT's", "step / PEFT's", "memory / PEFT's"]
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
+    for row in result["rows"]:
+        cells = [row["method"], f"{row['trained']:,}", f"{row['checkpoint_bytes'] / 1e6:.2f} MB"]
+        cells += [f"{row['accuracy']:.3f}"] if classes else []
+        after = (row["after"].get(way) for way in ("merged", "4bit", "onnx"))
+        cells += [_spread(row["loss"], 3), *(f"{loss:.3f}" if isinstance(loss, float) else "–" for loss in after)]
+        peer = row["peer"] or {}
+        ratios = [(peer.get(name), form) for name, form in (("reduction_ratio", ".3f"), ("time_ratio", ".2f"))]
+        ratios.append((peer.get("memory_ratio"), ".2f"))
+        cells += ["–" if ratio is None else f"{ratio:{form}}" for ratio, form in ratios]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _cells(row: Mapping[str, Any]) -> list[str]:
     after = [row["after"].get(way) for way in ("merged", "4bit", "onnx")]
     peer = row["peer"]
@@ -117,8 +137,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _spread(value: Mapping[str, float]) -> str:
-    return f"{value['mean']:.4f} ± {value['deviation']:.4f}"
+def _spread(value: Mapping[str, float], digits: int = 4) -> str:
+    return f"{value['mean']:.{digits}f} ± {value['deviation']:.{digits}f}"
 
 
 def filled(text: str, parts: Mapping[str, str]) -> str:
@@ -151,6 +171,9 @@ def main() -> None:
         parts = parts_of(page) | ({"measured": measured(page, results)} if results else {})
         file.write_text(filled(file.read_text(encoding="utf-8"), parts), encoding="utf-8")
         print(f"wrote {file.name}")
+    if results:
+        tables = {f"compared, {Path(result['settings']['model']).name}": overview(result) for result in results}
+        README.write_text(filled(README.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -137,9 +137,7 @@ def affordable(base: Mapping[str, Any], methods: int, seeds: int, peers: bool, b
     """Steps of a run for which all runs take about `budget` seconds, as the base's own run was measured."""
     finals = methods * seeds * (2 if peers else 1)
     around = (finals + methods) * (base["startup_seconds"] + base["evaluation_seconds"])
-    around += (
-        methods * 5 * base["evaluation_seconds"]
-    )  # of the rates that are searched, and when deployed
+    around += methods * 5 * base["evaluation_seconds"]  # of the rates that are searched, and when deployed
     per_step = base["seconds_per_step"] * (finals + 0.75 * methods)
     return int(max(LEAST, min(MOST, (budget - around) / per_step)))
 
