@@ -28,6 +28,7 @@ class Side:
     """One model with its data, and the options of `surgeon compare`."""
 
     name: str
+    title: str
     model: str
     data: Path
     heldout: Path
@@ -44,22 +45,21 @@ class Side:
 def sides(folder: Path) -> Iterator[Side]:
     """The Llama and MiniLM."""
     llama = ("--batch-size", "4", "--max-length", "128")
-    yield Side("llama", str(domain.BASE), domain.TRAIN, domain.unseen(folder), 100, llama)
+    yield Side("llama", "pystdlib-llama", str(domain.BASE), domain.TRAIN, domain.unseen(folder), 100, llama)
     train, held, _ = ptuning_v2.lines()
     files = [folder / f"lines.{part}.jsonl" for part in ("train", "heldout")]
     for file, rows in zip(files, (train, held), strict=True):
         file.write_text("".join(json.dumps(dict(row.values)) + "\n" for row in rows), encoding="utf-8")
     options = ("--task", ptuning_v2.TASK, "--batch-size", str(ptuning_v2.BATCH), "--max-length", str(ptuning_v2.LENGTH))
-    yield Side("minilm", ptuning_v2.base(), *files, 200, options)
+    yield Side("minilm", "all-MiniLM-L6-v2", ptuning_v2.base(), *files, 200, options)
 
 
-def kept(out: Path, name: str) -> Path:
+def kept(out: Path, side: Side) -> Path:
     """The table, without paths of this machine or the page's place."""
-    found = json.loads((out / name / "compare.json").read_text(encoding="utf-8"))
-    for field in ("model", "data", "heldout"):
-        found["settings"][field] = Path(found["settings"][field]).name
+    found = json.loads((out / side.name / "compare.json").read_text(encoding="utf-8"))
+    found["settings"] |= {"model": side.title, "data": side.data.name, "heldout": side.heldout.name}
     del found["page"]
-    file = RESULTS / f"compare_{name}.json"
+    file = RESULTS / f"compare_{side.name}.json"
     file.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return file
 
@@ -77,7 +77,7 @@ def main() -> None:
         if asked.only in (None, side.name):
             subprocess.run(side.command(asked.out, asked.steps, asked.seeds), check=True)
             if not asked.steps:
-                print(f"wrote {kept(asked.out, side.name)}")
+                print(f"wrote {kept(asked.out, side)}")
 
 
 if __name__ == "__main__":
