@@ -23,7 +23,7 @@ from surgeon.atomic import atomic_folder, check_target
 from surgeon.errors import UnsupportedError, UsageError, nearest
 from surgeon.finalise import finalise
 from surgeon.graph import Graph
-from surgeon.lower.onnx import gqa
+from surgeon.lower.onnx import genai, gqa
 from surgeon.lower.onnx import once as run_once
 from surgeon.lower.onnx.check import Replay, replay
 from surgeon.lower.onnx.codes import with_codes
@@ -130,6 +130,8 @@ def export_onnx(
     plain = exportable(graph, codes)
     dtype = PRECISIONS[precision]
     once = graph.task in run_once.TASKS
+    if made_for.package == "genai":
+        genai.check(plain)
     final, attention, fallbacks = _final(plain, made_for)
     model = build(final, dtype, four_bit, made_for)
     with atomic_folder(out, overwrite=overwrite) as folder:
@@ -141,6 +143,8 @@ def export_onnx(
             checked = check(plain, folder / MODEL, make_probes(plain, tokenizer), dtype)
             checked.require(str(out))
         _write_configs(plain, folder, tokenizer, dtype)
+        if made_for.package == "genai":
+            genai.write(final, folder, model=MODEL, shared=attention == GQA)
         manifest = _manifest(graph, made_for, precision, checked)
         manifest["attention"] = _attention(attention, fallbacks)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
@@ -207,7 +211,7 @@ def _write_configs(graph: Graph, folder: Path, tokenizer: Any, dtype: torch.dtyp
     config.architectures = graph.config.architectures
     config.save_pretrained(folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        genai.write_tokenizer(tokenizer, folder)
     if graph.task != "causal-lm":
         return
     stored = Path(graph.source, "generation_config.json") if graph.source else None

@@ -132,8 +132,8 @@ def _added(mask: torch.Tensor, bias: torch.Tensor | None, chunk: int, queries: i
     low = torch.scalar_tensor(torch.finfo(dtype).min / 2, dtype=dtype, device=mask.device)
     added = torch.where(seen, none, low)
     if bias is not None:
-        return added + bias.to(dtype)
-    return added.expand(mask.shape[0], 1, queries, mask.shape[1])
+        added = added + bias.to(dtype)
+    return added.expand(mask.shape[0], added.shape[1], queries, mask.shape[1])
 
 
 def _attentions(part: fx.Graph) -> list[fx.Node]:

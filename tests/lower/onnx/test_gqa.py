@@ -39,7 +39,7 @@ def operator_alone(options: dict[str, Any], *, sinks: bool, bias: bool) -> onnxr
     samples = []
     for batch, past, new in ((2, 5, 3), (3, 11, 7)):
         sizes = {"q": (batch, HEADS, new, SIZE), "k": (batch, SHARED, new, SIZE), "past_k": (batch, SHARED, past, SIZE)}
-        sizes |= {"v": sizes["k"], "past_v": sizes["past_k"], "sinks": (HEADS,), "bias": (1, HEADS, new, past + new)}
+        sizes |= {"v": sizes["k"], "past_v": sizes["past_k"], "sinks": (HEADS,), "bias": (1, HEADS, 1, past + new)}
         made = {name: torch.zeros(size, device="meta") for name, size in sizes.items()}
         made["mask"] = torch.ones(batch, past + new, dtype=torch.bool, device="meta")
         samples.append(tuple(made[name] for name in names))
@@ -71,13 +71,13 @@ def test_the_operator_computes_what_the_attention_node_does(kind: str, extra: st
         q = torch.randn(batch, HEADS, total, SIZE, generator=generator)
         k, v = (torch.randn(batch, SHARED, total, SIZE, generator=generator) for _ in range(2))
         sinks = torch.randn(HEADS, generator=generator) if extra == "sinks" else None
-        bias = torch.randn(1, HEADS, total, total, generator=generator) if extra == "bias" else None
+        bias = torch.randn(1, HEADS, 1, total, generator=generator) if extra == "bias" else None
         expected = ops.attention(q, k, v, mask, bias, sinks, causal=True, **OPTIONS[kind])
         past_k, past_v, start, found = k[:, :, :0].numpy(), v[:, :, :0].numpy(), 0, []
         for new in schedule:
             end = start + new
             feed = {"q": q[:, :, start:end], "k": k[:, :, start:end], "v": v[:, :, start:end], "mask": mask[:, :end]}
-            feed |= {"bias": bias[:, :, start:end, :end]} if bias is not None else {}
+            feed |= {"bias": bias[:, :, :, :end]} if bias is not None else {}
             feed |= {"sinks": sinks} if sinks is not None else {}
             arrays = {name: value.numpy() for name, value in feed.items()}
             result, past_k, past_v = session.run(None, {**arrays, "past_k": past_k, "past_v": past_v})
