@@ -27,6 +27,26 @@ def run(out: Path, module: str, *options: str) -> Any:
     return json.loads(out.read_text())
 
 
+def told(*arguments: str) -> str:
+    """What a command of surgeon prints."""
+    command = [sys.executable, "-m", "surgeon", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"surgeon {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def demo(out: Path) -> Iterator[str]:
+    """The whole job, on a base that it trains itself."""
+    found = json.loads(told("demo", str(out.with_suffix("")), "--json"))
+    for row in found["adapters"]:
+        yield (
+            f"demo, {row['method']}: {row['trainable_parameters']:,} trained, loss {row['loss_before']:.3f} → "
+            f"{row['loss_after']:.3f}; merged within {row['merge_error']:.1e}, ONNX within {row['onnx_error']:.1e}, "
+            f"same tokens {row['onnx_agreement']:.0%}"
+        )
+
+
 def plan(out: Path) -> Iterator[str]:
     """Planning a 70B model from its config."""
     found = run(out, "plan_speed", "--rounds", "2")
@@ -58,18 +78,27 @@ def merge(out: Path) -> Iterator[str]:
     )
 
 
-def learning(out: Path) -> Iterator[str]:
-    """What LoRA and VeRA learn; needs the shared model and data of the repository's surroundings."""
-    if not (ROOT.parent / "shared/models/pystdlib-llama").is_dir():
-        yield "loss reduction: ../shared is not here, see benchmarks/results/learning.json"
+def methods(out: Path) -> Iterator[str]:
+    """All methods side by side; needs the shared model and data of the repository's surroundings."""
+    from benchmarks import domain
+
+    if not domain.BASE.is_dir():
+        yield "methods: ../shared is not here, see benchmarks/results/compare_llama.json"
         return
-    found = run(out, "learning", "--methods", "lora", "vera", "--seeds", "1", "--steps", "30")
-    for method, result in found["methods"].items():
-        sides = result["reduction"]
-        yield f"{method}, 30 steps on C headers: held-out loss −{sides['surgeon']:.3f} (PEFT −{sides['peft']:.3f})"
+    data = ["--data", str(domain.TRAIN), "--heldout", str(domain.unseen(out.parent))]
+    sizes = ["--steps", "10", "--seeds", "1", "--batch-size", "4", "--max-length", "128", "--no-onnx"]
+    folder = out.with_suffix("")
+    told("compare", str(domain.BASE), *data, *sizes, "-o", str(folder))
+    for row in json.loads((folder / "compare.json").read_text())["rows"]:
+        after = {way: f"{loss:.3f}" if isinstance(loss, float) else "–" for way, loss in row["after"].items()}
+        yield (
+            f"{row['method']:>10}, 10 steps on C headers: {row['trained']:>9,} trained, held-out loss "
+            f"−{row['reduction']['mean']:.3f} to {row['loss']['mean']:.3f}; merged {after['merged']}, "
+            f"in 4 bits {after['4bit']}; {1000 * row['seconds_per_step']:.0f} ms a step"
+        )
 
 
-PARTS: tuple[Callable[[Path], Iterator[str]], ...] = (plan, step, merge, learning)
+PARTS: tuple[Callable[[Path], Iterator[str]], ...] = (demo, plan, step, merge, methods)
 
 
 def main() -> None:
