@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ RATES = {"longlora": (1e-3, 2e-3, 4e-3), "lora+": (4e-3, 8e-3), "lora": (2e-3, 4
 Runs = dict[str, dict[str, Any]]
 """What was measured, by side, rate and seed."""
 LENGTHS = (2048, 4096, 8192, 16384)
+WHOLE = {"lora+": "whole attention", "full": "full fine-tuning"}
+"""Sides with whole attention that a step's cost is compared with."""
 
 
 def make_base(folder: Path) -> Path:
@@ -187,13 +190,13 @@ def costs(base: Path, lengths: list[int]) -> dict[str, Any]:
     """A process for every side and length, in turn."""
     found: dict[str, Any] = {}
     for length in lengths:
-        for side in ("longlora", "lora+"):
+        for side in ("longlora", "lora+", "full"):
             command = [sys.executable, "-m", "benchmarks.long_context", "--one", side, str(length), str(base)]
             answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found.setdefault(str(length), {})[side] = json.loads(answer.splitlines()[-1])
         sides = found[str(length)]
-        for what in ("processor_seconds", "megabytes"):
-            sides[f"{what} / whole attention"] = sides["longlora"][what] / sides["lora+"][what]
+        for what, (other, name) in product(("processor_seconds", "megabytes"), WHOLE.items()):
+            sides[f"{what} / {name}"] = sides["longlora"][what] / sides[other][what]
         print(length, {key: value for key, value in sides.items() if "/" in key}, flush=True)
     return found
 
