@@ -1,6 +1,10 @@
-"""Shifted sparse attention, forward alone and both passes, beside full attention, SDPA in segments and flash-attn."""
+"""Shifted sparse attention, forward alone and both passes, beside SDPA, FlexAttention and flash-attn."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -70,6 +74,7 @@ class Passes:
         made: dict[str, Run] = {
             "segments": lambda: forward.reference(self.q, self.k, self.v, None, self.pattern),
             "full attention": lambda: self._full(self.q, self.k, self.v),
+            "FlexAttention": self.flexible,
         }
         return made | ({"flash-attn": self._varlen} if installed("flash_attn") else {})
 
@@ -80,6 +85,7 @@ class Passes:
         return {
             "segments": lambda: self._gradients(segments, self.q.dtype),
             "full attention": lambda: self._gradients(self._full, self.q.dtype),
+            "FlexAttention": lambda: self._gradients(self.flex, self.q.dtype),
         }
 
     @property
@@ -90,6 +96,15 @@ class Passes:
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.pattern.scale, enable_gqa=True
         )
+
+    def flexible(self) -> torch.Tensor:
+        return self.flex(self.q, self.k, self.v)
+
+    def flex(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """torch's FlexAttention, compiled on a GPU, with the segments as a mask of blocks that are left out."""
+        attend, mask = _flex(q.device, q.shape[1], q.shape[2], self.pattern.group)
+        out: torch.Tensor = attend(q, k, v, block_mask=mask, scale=self.pattern.scale, enable_gqa=True)
+        return out
 
     def _gradients(self, attend, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:  # type: ignore[no-untyped-def]
         leaves = [x.detach().to(dtype).requires_grad_() for x in (self.q, self.k, self.v)]
@@ -109,3 +124,16 @@ class Passes:
             options = {"softmax_scale": self.pattern.scale, "causal": True}
             halves.append(flash_attn_varlen_func(q, k, v, ends, ends, group, group, **options))
         return torch.cat(halves, 1).transpose(0, 1)[None]
+
+
+@functools.cache
+def _flex(device: torch.device, heads: int, length: int, group: int) -> tuple[Callable[..., Any], Any]:
+    """FlexAttention and its mask: the second half of the heads has its segments half a segment further."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def seen(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        shift = torch.where(head >= heads // 2, group // 2, 0)
+        return (key <= query) & ((query + shift) // group == (key + shift) // group)
+
+    mask = create_block_mask(seen, None, heads, length, length, device=str(device))
+    return torch.compile(flex_attention) if device.type == "cuda" else flex_attention, mask

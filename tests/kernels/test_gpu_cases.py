@@ -10,6 +10,8 @@ import torch
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu.case import Case, cases, error, results
+from benchmarks.gpu.shifted_attention import Passes
+from surgeon.kernels.shifted_attention import Pattern
 
 
 @pytest.mark.parametrize("case", cases(torch.device("cpu"), small=True), ids=lambda case: f"{case.kernel} {case.shape}")
@@ -19,6 +21,15 @@ def test_agrees_with_float64(case: Case) -> None:
     for name, run in case.libraries.items():
         assert error(run, exact) <= case.tolerance, name
     assert case.flops + case.moved > 0
+
+
+def test_flex_attention_has_the_same_segments() -> None:
+    """In torch's own reference, which computes all scores and says so."""
+    q, k, v = (torch.randn(1, heads, 40, 16) for heads in (4, 2, 2))
+    passed = Passes(q, k, v, q, Pattern(0.25, 15))
+    with pytest.warns(UserWarning, match=r"without torch\.compile"):
+        found = passed.flexible()
+    torch.testing.assert_close(found.double(), passed.exact_out())
 
 
 def test_no_gpu_is_no_failure(capsys: pytest.CaptureFixture[str]) -> None:
