@@ -45,13 +45,13 @@ class Side:
 def sides(folder: Path) -> Iterator[Side]:
     """The Llama and MiniLM."""
     llama = ("--batch-size", "4", "--max-length", "128")
-    yield Side("llama", "pystdlib-llama", str(domain.BASE), domain.TRAIN, domain.unseen(folder), 100, llama)
+    yield Side("llama", "pystdlib-llama", str(domain.BASE), domain.TRAIN, domain.unseen(folder), 60, llama)
     train, held, _ = ptuning_v2.lines()
     files = [folder / f"lines.{part}.jsonl" for part in ("train", "heldout")]
     for file, rows in zip(files, (train, held), strict=True):
         file.write_text("".join(json.dumps(dict(row.values)) + "\n" for row in rows), encoding="utf-8")
     options = ("--task", ptuning_v2.TASK, "--batch-size", str(ptuning_v2.BATCH), "--max-length", str(ptuning_v2.LENGTH))
-    yield Side("minilm", "all-MiniLM-L6-v2", ptuning_v2.base(), *files, 200, options)
+    yield Side("minilm", "all-MiniLM-L6-v2", ptuning_v2.base(), *files, 100, options)
 
 
 def kept(out: Path, side: Side) -> Path:

@@ -29,7 +29,7 @@ def test_flex_attention_has_the_same_segments() -> None:
     passed = Passes(q, k, v, q, Pattern(0.25, 15))
     with pytest.warns(UserWarning, match=r"without torch\.compile"):
         found = passed.flexible()
-    torch.testing.assert_close(found.double(), passed.exact_out())
+    torch.testing.assert_close(found, passed.exact_out().float(), atol=1e-5, rtol=1e-4)
 
 
 def test_no_gpu_is_no_failure(capsys: pytest.CaptureFixture[str]) -> None:
