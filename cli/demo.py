@@ -171,14 +171,14 @@ def adapt(folder: Path, method: str, train: Rendered, held_out: Rendered, steps:
 def same_tokens(work: Path, onnx: Path) -> tuple[str, float]:
     """Greedy text of the adapted model in torch, and the share of its tokens that the ONNX model generates too."""
     from surgeon import api
-    from surgeon.lower.onnx import check
+    from surgeon.lower.onnx import session as ort
 
     model = api.load(work)
     inputs = model.tokenizer(PROMPT, return_tensors="pt")
     made = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0].tolist()
     prompt = inputs["input_ids"][0].tolist()
-    session = check.open_session(onnx / "model.onnx")
-    found = check.decode(session, *check.left_padded([prompt]), len(made) - len(prompt))[0][0, len(prompt) :]
+    session = ort.open_session(onnx / "model.onnx")
+    found = ort.decode(session, *ort.left_padded([prompt]), len(made) - len(prompt))[0][0, len(prompt) :]
     same = sum(a == b for a, b in zip(made[len(prompt) :], found, strict=False))
     return str(model.tokenizer.decode(made)), float(same) / max(1, len(made) - len(prompt))
 

@@ -13,6 +13,7 @@ from surgeon.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from surgeon.lower.onnx.bind import Placed
     from surgeon.lower.onnx.export import OnnxReport
 
 
@@ -33,6 +34,10 @@ def command(
     four_bit: Annotated[
         str, typer.Option(help="onnx: NF4 as standard operators, decoded at load, or as bnb4 (MatMulBnb4, for GPUs).")
     ] = "standard",
+    weights: Annotated[
+        str,
+        typer.Option(help="onnx: bind to the checkpoint's files (hard links), or copy. Default: bind if it can."),
+    ] = "",
     arch: Annotated[str, typer.Option(help="triton: GPU architectures; sm_80's PTX always comes along.")] = "",
     keep_adapter: Annotated[
         bool | None, typer.Option(help="triton: leave the adapter beside the base. Default: over a base in codes.")
@@ -67,8 +72,10 @@ def command(
     elif target == "onnx":
         options |= {"precision": precision or "fp32", "codes": codes, "four_bit": four_bit}
         options |= {"profile": profile} if profile else {}
-    if profile and target != "onnx":
-        raise UsageError("--profile is for --target onnx", f"--target {target}", "leave it out")
+        options |= {"weights": weights} if weights else {}
+    for name, value in (("--profile", profile), ("--weights", weights)):
+        if value and target != "onnx":
+            raise UsageError(f"{name} is for --target onnx", f"--target {target}", "leave it out")
     for name, given in (("--arch", arch), ("--keep-adapter", keep_adapter is not None)):
         if given and target != "triton":
             raise UsageError(f"{name} is for --target triton", f"--target {target}", "leave it out")
@@ -98,6 +105,12 @@ def summary(report: OnnxReport) -> dict[str, Any]:
         "profile": report.profile,
         "attention": report.attention,
         "fallbacks": report.fallbacks,
+        "weights": {
+            "form": report.weights.form,
+            "note": report.weights.note,
+            "bound": report.weights.bound,
+            "written": report.weights.written,
+        },
         "max_error": report.max_error,
         "bound": report.bound,
         "because": replay.because if replay else "not verified",
@@ -116,6 +129,7 @@ def view(report: OnnxReport) -> RenderableType:
     fields["attention"] = {"gqa": "GroupQueryAttention"}.get(report.attention, "standard operators")
     for why, paths in report.fallbacks.items():
         fields["attention"] += f"; no GroupQueryAttention: {why} ({paths[0]}{', …' if len(paths) > 1 else ''})"
+    fields["weights"] = weights_line(report.weights)
     replay = report.replay
     if replay:
         rows = sum(len(batch.prompts) for batch in replay.batches)
@@ -127,3 +141,11 @@ def view(report: OnnxReport) -> RenderableType:
         fields["replayed"] = "no: --no-verify"
     fields["took"] = f"{report.seconds:.1f} s, peak {output.size(report.peak_rss_bytes)}"
     return output.fields(fields)
+
+
+def weights_line(placed: Placed) -> str:
+    """Where the tensors are, in words."""
+    written = f"{output.size(placed.written)} written"
+    if placed.form == "bind":
+        written = f"{output.size(placed.bound)} bound to the checkpoint's own files, {written}"
+    return f"{written}; {placed.note}" if placed.note else written

@@ -32,6 +32,7 @@ COMMANDS: dict[str, str] = {
     "quantise": "surgeon.cli.quantise",
     "merge": "surgeon.cli.merge",
     "export": "surgeon.cli.export",
+    "prepack": "surgeon.cli.prepack",
     "run": "surgeon.cli.run",
     "serve": "surgeon.cli.serve",
     "convert": "surgeon.cli.convert",

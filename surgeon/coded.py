@@ -6,7 +6,7 @@ surgeon's own.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -139,3 +139,16 @@ def stored_parts(graph: Graph, name: str) -> dict[str, torch.Tensor] | None:
         return None
     stored = weights.direct(name)
     return parts_of(checkpoint.codes_of(stored)) if stored in checkpoint.coded else None
+
+
+def stored_infos(values: Mapping[str, torch.Tensor], name: str) -> dict[str, TensorInfo]:
+    """The parts of a weight (`Quantiser.parts`) that a checkpoint stores in the same bytes or values, and where."""
+    weights = getattr(values, "weights", None)
+    checkpoint = getattr(weights, "checkpoint", None)
+    if weights is None or not isinstance(checkpoint, CodedCheckpoint):
+        return {}
+    stored = weights.direct(name)
+    if stored not in checkpoint.coded:
+        return {}
+    found = checkpoint.form.direct(stored)
+    return {part: checkpoint.raw.tensors[other] for part, other in found.items() if other in checkpoint.raw.tensors}

@@ -250,6 +250,11 @@ class MergedValues(Mapping[str, torch.Tensor]):
             lambda: value_of(self._graph, bias) if bias else None,
         )
 
+    @property
+    def base(self) -> Mapping[str, torch.Tensor]:
+        """The graph's own values."""
+        return self._graph.values
+
     def changes(self, name: str) -> bool:
         """Whether a value is another than the graph's own."""
         return name in self._groups or name in self._biases or name in self._broken

@@ -96,6 +96,10 @@ class ModelWeights(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._meta)
 
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a parameter or buffer; nothing is read."""
+        return name in self._meta
+
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of the value: the model's, or fp32 where the architecture insists on it."""
         return self._dtype_of(name, self._meta[name].dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
-from surgeon.lower.onnx.check import empty_cache, numbered, open_session
+from surgeon.lower.onnx.session import empty_cache, numbered, open_session
 
 
 class Exported(nn.Module):

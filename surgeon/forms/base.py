@@ -96,6 +96,10 @@ class Reader:
         """`[out, in]` of a weight, and its dtype before it was quantised."""
         raise UnsupportedError("no such format", name)
 
+    def direct(self, name: str) -> dict[str, str]:
+        """Those parts in the graph (`Quantiser.parts`) whose bytes, or values, are those of one stored tensor."""
+        return {}
+
     def step(self, codes: Codes, paths: list[str]) -> Quantiser:
         """The pass that makes such codes."""
         assert isinstance(codes, Groups)

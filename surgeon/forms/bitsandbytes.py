@@ -99,3 +99,7 @@ class BitsAndBytesReader(Reader):
         """nf4."""
         assert isinstance(codes, FourBit)
         return Nf4(targets=",".join(paths), kind=codes.kind, double=codes.nested is not None)
+
+    def direct(self, name: str) -> dict[str, str]:
+        """All but the offset of a double quantisation, which is in the quant_state."""
+        return {"codes": name, "absmax": f"{name}.absmax", "scale": f"{name}.nested_absmax"}

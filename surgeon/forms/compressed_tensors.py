@@ -145,3 +145,8 @@ class CompressedTensorsReader(Reader):
         """As it is stored."""
         out, inp = (int(size) for size in raw.read(f"{name.removesuffix('.weight')}.weight_shape"))
         return (out, inp), self.dtype
+
+    def direct(self, name: str) -> dict[str, str]:
+        """Words of 32 bits are in the order of our bytes; scales may have another dtype."""
+        stem = name.removesuffix(".weight")
+        return {"codes": f"{stem}.weight_packed", "scale": f"{stem}.weight_scale"}

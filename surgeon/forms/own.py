@@ -81,3 +81,7 @@ class OwnReader(Reader):
         """From the codes."""
         out, width = raw.tensors[f"{name}.codes"].shape
         return (out, width * 8 // int(self.config["bits"])), self.dtype
+
+    def direct(self, name: str) -> dict[str, str]:
+        """All of them; scales may have another dtype."""
+        return {part: f"{name}.{part}" for part in _PARTS}

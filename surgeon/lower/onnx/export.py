@@ -25,10 +25,13 @@ from surgeon.finalise import finalise
 from surgeon.graph import Graph
 from surgeon.lower.onnx import genai, gqa
 from surgeon.lower.onnx import once as run_once
+from surgeon.lower.onnx.bind import COPY, Placed, choose, place
 from surgeon.lower.onnx.check import Replay, replay
 from surgeon.lower.onnx.codes import with_codes
+from surgeon.lower.onnx.files import files_of, records
 from surgeon.lower.onnx.model import build
 from surgeon.lower.onnx.profiles import DEFAULT, GQA, STANDARD, Profile, find
+from surgeon.lower.onnx.verify import SCHEMA
 from surgeon.lower.virtual_columns import as_columns
 from surgeon.passes import make
 from surgeon.passes.base import Adapter
@@ -37,7 +40,7 @@ from surgeon.verification import make_probes
 
 FOUR_BIT = ("standard", "bnb4")
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
-MODEL, DATA, MANIFEST = "model.onnx", "model.onnx_data", "surgeon.json"
+MODEL, DATA, MANIFEST = "model.onnx", "model.onnx.safetensors", "surgeon.json"
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class OnnxReport:
         profile: what it was made for, see `surgeon.lower.onnx.profiles`.
         attention: what computes it, "gqa" or "standard".
         fallbacks: why not what the profile has: reason → paths of the layers.
+        weights: where its tensors are, see `surgeon.lower.onnx.bind`.
         replay: what ONNX Runtime computed, None if it was not asked.
         seconds: time taken.
         peak_rss_bytes: the process's peak memory so far.
@@ -64,6 +68,7 @@ class OnnxReport:
     profile: str
     attention: str
     fallbacks: dict[str, list[str]]
+    weights: Placed
     replay: Replay | None
     seconds: float
     peak_rss_bytes: int
@@ -92,6 +97,7 @@ def export_onnx(
     precision: str = "fp32",
     codes: bool = True,
     four_bit: str = "standard",
+    weights: str = "",
     tokenizer: Any = None,
     overwrite: bool = False,
     verify: bool = True,
@@ -111,6 +117,8 @@ def export_onnx(
         codes: keep codes; without, they are decoded, and the adapters folded in.
         four_bit: NF4 and FP4 as "standard" operators, decoded when the model is loaded, or as "bnb4", MatMulBnb4, which
             stays in 4 bits: for GPUs, on a CPU it is slow.
+        weights: "bind" to the checkpoint's own files or "copy"; "" is bind where that is possible and most of the
+            model is the checkpoint's own (see `surgeon.lower.onnx.bind`).
         tokenizer: is written beside the model and makes the probes.
         overwrite: replace an existing folder.
         verify: replay the probes in ONNX Runtime, within fp32 1e-4, fp16 2e-2 of the largest logit.
@@ -133,9 +141,11 @@ def export_onnx(
     if made_for.package == "genai":
         genai.check(plain)
     final, attention, fallbacks = _final(plain, made_for)
-    model = build(final, dtype, four_bit, made_for)
+    form, note = choose(weights, made_for, plain, Path(out).absolute().parent)
+    model = build(final, dtype, four_bit, made_for, turn=form == COPY)
     with atomic_folder(out, overwrite=overwrite) as folder:
-        ir.save(model, folder / MODEL, external_data=DATA)
+        placed = place(model, plain, folder, form, DATA, note)
+        ir.save(model, folder / MODEL)
         del model
         checked = None
         if verify:
@@ -145,14 +155,15 @@ def export_onnx(
         _write_configs(plain, folder, tokenizer, dtype)
         if made_for.package == "genai":
             genai.write(final, folder, model=MODEL, shared=attention == GQA)
-        manifest = _manifest(graph, made_for, precision, checked)
+        manifest = _manifest(graph, made_for, precision, checked) | {"weights": form, "pad": run_once.pad_of(plain)}
         manifest["attention"] = _attention(attention, fallbacks)
+        manifest["files"] = records(folder, set(placed.files) if checked is None else set())
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
-        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files_of(folder)}
     return OnnxReport(
         folder=Path(out), files=files, precision=precision, opset=made_for.opset, profile=profile,
         attention=attention, fallbacks=fallbacks,
-        replay=checked,
+        weights=placed, replay=checked,
         seconds=time.perf_counter() - began,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )  # fmt: skip
@@ -225,7 +236,9 @@ def _write_configs(graph: Graph, folder: Path, tokenizer: Any, dtype: torch.dtyp
 def _manifest(graph: Graph, profile: Profile, precision: str, checked: Replay | None) -> dict[str, Any]:
     """What the export is, without a path of this machine."""
     return {
+        "schema": SCHEMA,
         "target": "onnx",
+        "model": MODEL,
         "profile": profile.name,
         "precision": precision,
         "opset": profile.opset,

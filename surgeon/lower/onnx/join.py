@@ -8,11 +8,8 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 import torch
 
-_DTYPES = {
-    torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.int64: ir.DataType.INT64,
-    torch.int32: ir.DataType.INT32, torch.bool: ir.DataType.BOOL, torch.float64: ir.DataType.DOUBLE,
-    torch.int8: ir.DataType.INT8, torch.uint8: ir.DataType.UINT8, torch.bfloat16: ir.DataType.BFLOAT16,
-}  # fmt: skip
+from surgeon.lower.onnx.own_file import DTYPES
+
 Shape = Sequence[int | str]
 
 
@@ -34,7 +31,7 @@ class Joined:
         """The initialiser of a tensor; one however many parts read it."""
         if name not in self.tensors:
             shape, dtype, value = self.read(name)
-            kind = _DTYPES[dtype]
+            kind = DTYPES[dtype]
             size = ir.Shape(shape)
             lazy = ir.LazyTensor(lambda: ir.tensor(value().numpy(), name=name), dtype=kind, shape=size, name=name)
             self.tensors[name] = ir.Value(name=name, shape=size, type=ir.TensorType(kind), const_value=lazy)
@@ -66,7 +63,7 @@ class Joined:
 
 def typed(name: str, dtype: torch.dtype, shape: Shape) -> ir.Value:
     """A value of the model's interface."""
-    return ir.Value(name=name, type=ir.TensorType(_DTYPES[dtype]), shape=ir.Shape(list(shape)))
+    return ir.Value(name=name, type=ir.TensorType(DTYPES[dtype]), shape=ir.Shape(list(shape)))
 
 
 def finish(

@@ -12,6 +12,7 @@ from torch import fx
 from surgeon.errors import UnsupportedError
 from surgeon.graph import Graph, val
 from surgeon.lower.onnx.codes import prepared
+from surgeon.lower.onnx.fused import fuse
 from surgeon.lower.onnx.join import Joined, Shape, finish, typed
 from surgeon.lower.onnx.parts import META, SIZES, Part, Shapes, input_name, lower_part, lowered, segments, turnable
 from surgeon.lower.onnx.profiles import DEFAULT, PROFILES, Profile
@@ -22,7 +23,12 @@ CHOICES, LONGER = "choices", "output_length"
 
 
 def build(
-    graph: Graph, dtype: torch.dtype, four_bit: str = "standard", profile: Profile = PROFILES[DEFAULT]
+    graph: Graph,
+    dtype: torch.dtype,
+    four_bit: str = "standard",
+    profile: Profile = PROFILES[DEFAULT],
+    *,
+    turn: bool = True,
 ) -> ir.Model:
     """The ONNX model of a graph: a causal language model with K/V cache, or a model that is run once.
 
@@ -31,12 +37,13 @@ def build(
         dtype: fp32 or fp16, of the weights and the arithmetic; what the graph does in fp32 stays so.
         four_bit: see `surgeon.lower.onnx.export.export_onnx`.
         profile: what it is made for.
+        turn: store the weights of linears `[in, out]`; without, `[out, in]`, as checkpoints hold them.
 
     Raises:
         UnsupportedError: a part of the graph has no ONNX form.
     """
     graph = prepared(graph)
-    turned = turnable(graph)
+    turned = turnable(graph) if turn else set()
     trunk = lowered(graph.trunk, [""], turned, graph, dtype, four_bit)
     layers = {
         id(part): lowered(part, [f"{path}." for path in paths], turned, graph, dtype, four_bit)
@@ -50,7 +57,10 @@ def build(
     joined = Joined(lambda name: _stored(graph, name, turned, dtype))
     inputs = [typed(name, kind, shape) for name, shape, kind in _interface(graph, dtype)]
     results = _join(graph, joined, trunk, runs, inputs, lambda path: _layer(graph, models, layers, path), profile.opset)
-    return finish(joined, inputs, results, _outputs(graph, trunk, runs), profile.opset)
+    model = finish(joined, inputs, results, _outputs(graph, trunk, runs), profile.opset)
+    if profile.contrib:
+        fuse(model)
+    return model
 
 
 def _layer(graph: Graph, models: dict[int, ir.Model], layers: dict[int, Part], path: str) -> tuple[ir.Model, list[str]]:

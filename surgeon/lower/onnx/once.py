@@ -16,7 +16,9 @@ from torch import fx
 
 from surgeon import numbering, positions, virtual
 from surgeon.graph import Graph, copied, sweep, val
-from surgeon.lower.onnx.check import Array, Replay, Replayed, open_session, virtual_tokens
+from surgeon.lower.onnx.check import Replay, Replayed, virtual_tokens
+from surgeon.lower.onnx.session import Array, open_session
+from surgeon.lower.onnx.verify import padded, told
 from surgeon.stream import StreamingExecutor
 from surgeon.verification import RELATIVE, Probe
 
@@ -102,21 +104,19 @@ def _one(graph: Graph, run: StreamingExecutor, session: Any, rows: list[list[int
         max_error=error,
         token_agreement=near,
         exact_agreement=exact,
-        best_logits=[f.max(-1).ravel().round(6).tolist() for _, f in scores],
+        best_logits=[f.max(-1).ravel().round(6).tolist() for f in told(list(graph.outputs), [f for _, f in pairs])],
     ), max(float(np.abs(e).max()) for e, _ in pairs)
 
 
+def pad_of(graph: Graph) -> int:
+    """The id that pads a text, 0 if the model has none."""
+    return int(getattr(graph.config.get_text_config(), "pad_token_id", None) or 0)
+
+
 def _inputs(graph: Graph, rows: list[list[int]]) -> dict[str, Array]:
-    """Ids and mask `[b, t]`, padded on the right; of multiple choice two choices, itself and itself reversed."""
-    length = max(len(row) for row in rows)
-    pad = int(getattr(graph.config.get_text_config(), "pad_token_id", None) or 0)
-    ids = np.array([row + [pad] * (length - len(row)) for row in rows], np.int64)
-    mask = np.array([[1] * len(row) + [0] * (length - len(row)) for row in rows], np.int64)
-    if graph.task == "multiple-choice":
-        turned = np.array([row[::-1] + [pad] * (length - len(row)) for row in rows], np.int64)
-        ids, mask = np.stack([ids, turned], 1), np.stack([mask, mask], 1)
-    given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-    tensors = torch.from_numpy(mask), torch.from_numpy(ids)
+    """Ids and mask `[b, t]` padded on the right, and positions."""
+    given = padded(rows, pad_of(graph), choices=graph.task == "multiple-choice")
+    tensors = (torch.from_numpy(given[name]) for name in ("attention_mask", "input_ids"))
     given[numbering.INPUT] = numbering.default(graph, *tensors, virtual=virtual.count(graph)).numpy()
     return given
 

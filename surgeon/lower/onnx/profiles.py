@@ -30,6 +30,11 @@ class Profile:
     optional_slots: bool
     package: str
 
+    @property
+    def contrib(self) -> bool:
+        """Whether its runtime is ONNX Runtime itself, which has the operators of com.microsoft."""
+        return self.package in ("plain", "genai")
+
 
 _ALL: Sequence[Profile] = (
     Profile("ort", opset=21, attention=GQA, optional_slots=True, package="plain"),

@@ -18,6 +18,7 @@ from surgeon import lower, run
 from surgeon.errors import CheckFailed, UnsupportedError, UsageError
 from surgeon.graph import Graph
 from surgeon.lower.onnx import check, export
+from surgeon.lower.onnx import session as ort
 from surgeon.passes import make
 from surgeon.stream import StreamingExecutor
 from surgeon.verification import make_probes
@@ -44,13 +45,13 @@ def batch(graph: Graph) -> tuple[Any, Any]:
 
 def stepped(file: Path, ids: Any, mask: Any, schedule: Sequence[int] = BATCHED) -> Any:
     """The logits of all tokens, fed through the cache as the schedule says."""
-    session = check.open_session(file)
+    session = ort.open_session(file)
     names = [node.name for node in session.get_inputs()]
     outputs = [node.name for node in session.get_outputs()]
-    past, start, logits = check.empty_cache(session, len(ids)), 0, []
+    past, start, logits = ort.empty_cache(session, len(ids)), 0, []
     for new in schedule:
         end = start + new
-        places = check.numbered(mask)[:, start:end]
+        places = ort.numbered(mask)[:, start:end]
         feed = {"input_ids": ids[:, start:end], "attention_mask": mask[:, :end], "position_ids": places, **past}
         found = dict(zip(outputs, session.run(None, {name: feed[name] for name in names}), strict=True))
         past = {k.replace("present", "past_key_values"): v for k, v in found.items() if k != "logits"}
@@ -64,7 +65,7 @@ def error_against_transformers(family: str, file: Path) -> float:
     ids, mask = batch(graphs.graph_of(family))
     given = {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in graphs.graph_of(family).inputs:
-        given["position_ids"] = check.numbered(mask)
+        given["position_ids"] = ort.numbered(mask)
     with torch.no_grad():
         expected = graphs.model_of(family)(**{k: torch.from_numpy(v) for k, v in given.items()}).logits.numpy()
     alone = [stepped(file, ids[row : row + 1], mask[row : row + 1], SCHEDULE) for row in range(len(ids))]
@@ -116,19 +117,19 @@ def test_no_path_and_no_trace_of_the_source(llama: export.OnnxReport) -> None:
 
 def test_the_folder_has_the_configs(llama: export.OnnxReport) -> None:
     configs = {"config.json", "generation_config.json", "surgeon.json"}
-    assert set(llama.files) == {"model.onnx", "model.onnx_data", *configs}
+    assert set(llama.files) == {"model.onnx", "model.onnx.safetensors", *configs}
     assert json.loads((llama.folder / "config.json").read_text())["model_type"] == "llama"
 
 
 def test_weights_are_written_once(llama: export.OnnxReport) -> None:
     graph = graphs.graph_of("llama")
     parameters = sum(spec.count for spec in graph.tensors.values()) * 4
-    assert parameters <= llama.files["model.onnx"] + llama.files["model.onnx_data"] < parameters + 120_000
+    assert parameters <= llama.files["model.onnx"] + llama.files["model.onnx.safetensors"] < parameters + 120_000
 
 
 def logits_of(graph: Graph, ids: Any, mask: Any) -> Any:
     """The graph's own logits, adapters not folded."""
-    given = {"input_ids": ids, "attention_mask": mask, "position_ids": check.numbered(mask)}
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": ort.numbered(mask)}
     return StreamingExecutor(graph)(*(torch.from_numpy(given[name]) for name in graph.inputs))[0].numpy()
 
 

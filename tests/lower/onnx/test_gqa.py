@@ -15,7 +15,8 @@ import torch
 from benchmarks.zoo import graphs
 from surgeon import ops, run
 from surgeon.graph import Graph
-from surgeon.lower.onnx import check, export, gqa
+from surgeon.lower.onnx import export, gqa
+from surgeon.lower.onnx import session as ort
 from surgeon.lower.onnx.join import Joined, finish, typed
 from surgeon.lower.onnx.parts import lower_part
 from surgeon.passes import make
@@ -125,7 +126,7 @@ def test_a_fallback_is_told_and_its_export_is_right(tmp_path: Path) -> None:
     assert report.token_agreement == 1.0
     said = json.loads((report.folder / export.MANIFEST).read_text())["attention"]
     assert (said["operator"], said["fallbacks"]) == ("standard", report.fallbacks)
-    assert check.open_session(report.folder / export.MODEL)
+    assert ort.open_session(report.folder / export.MODEL)
 
 
 @pytest.mark.slow

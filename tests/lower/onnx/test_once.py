@@ -16,7 +16,8 @@ from benchmarks.zoo.encoder import save_encoder
 from benchmarks.zoo.graphs import graph_of, randomised
 from surgeon import run
 from surgeon.errors import CheckFailed
-from surgeon.lower.onnx import check, export, once
+from surgeon.lower.onnx import export, once
+from surgeon.lower.onnx import session as ort
 from surgeon.model import load_model
 from surgeon.passes import make
 
@@ -65,7 +66,7 @@ def test_it_computes_what_torch_does(case: str, tmp_path: Path) -> None:
     assert report.token_agreement == 1.0
     given = feed(graph)
     expected = load_model(graph)(**given)
-    session = check.open_session(tmp_path / "onnx" / export.MODEL)
+    session = ort.open_session(tmp_path / "onnx" / export.MODEL)
     assert [node.name for node in session.get_inputs()] == [name for name in graph.inputs if name != "position_ids"]
     found = session.run(list(graph.outputs), {node.name: given[node.name].numpy() for node in session.get_inputs()})
     for name, value in zip(graph.outputs, found, strict=True):
@@ -82,7 +83,7 @@ def test_multiple_choice_in_half_precision(tmp_path: Path) -> None:
     shapes = {value.name: [str(size) for size in value.shape or ()] for value in (*model.inputs, *model.outputs)}
     assert shapes["input_ids"] == ["batch_size", "choices", "sequence_length"]
     assert shapes["logits"] == ["batch_size", "choices"]
-    assert sorted(report.files) == ["config.json", "model.onnx", "model.onnx_data", "surgeon.json"]
+    assert sorted(report.files) == ["config.json", "model.onnx", "model.onnx.safetensors", "surgeon.json"]
     manifest = json.loads((tmp_path / "onnx" / export.MANIFEST).read_text())
     assert [step["name"] for step in manifest["passes"]] == ["ptuning_v2"]
     assert manifest["verified"]["steps"] == 0

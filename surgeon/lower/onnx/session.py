@@ -1,0 +1,92 @@
+"""Running an exported model in ONNX Runtime: sessions, and greedy decoding through the K/V cache.
+
+Nothing here needs torch: an export can be replayed where only ONNX Runtime and NumPy are installed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from surgeon.errors import UnsupportedError
+
+Array = npt.NDArray[Any]
+
+
+def open_session(file: Path) -> onnxruntime.InferenceSession:
+    """A CPU session that says nothing about what it optimises, on as many threads as OMP_NUM_THREADS says.
+
+    Raises:
+        UnsupportedError: ONNX Runtime has no kernel for a part of the model.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS") or 0)
+    try:
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the binding's own classes, one per status code
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedError(f"ONNX Runtime: {reason}", file.name, "--target hf writes a checkpoint") from error
+
+
+def left_padded(prompts: list[list[int]]) -> tuple[Array, Array]:
+    """Token ids and mask `[b, t]` of prompts of different lengths."""
+    length = max(len(prompt) for prompt in prompts)
+    ids = np.array([[0] * (length - len(prompt)) + prompt for prompt in prompts], np.int64)
+    mask = np.array([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], np.int64)
+    return ids, mask
+
+
+def numbered(mask: Array) -> Array:
+    """Positions `[b, t]` that count the tokens from 0; padding is at 0."""
+    found: Array = np.maximum(mask.cumsum(-1) - 1, 0)
+    return found
+
+
+def decode(session: Any, ids: Array, mask: Array, steps: int) -> tuple[Array, Array, Array]:
+    """Greedy decoding through the model's K/V cache.
+
+    Args:
+        session: an ONNX Runtime session with the inputs and outputs of an export.
+        ids: the prompts `[b, t]`, padded on the left.
+        mask: 1 at tokens, 0 at padding.
+        steps: tokens to generate.
+
+    Returns:
+        The ids and the mask with what was generated `[b, t + steps]`, and the logits `[b, t + steps - 1, vocab]` in
+        fp32.
+    """
+    names = [node.name for node in session.get_inputs()]
+    outputs = [node.name for node in session.get_outputs()]
+    past = empty_cache(session, len(ids))
+    logits, new = [], ids
+    for _ in range(steps):
+        feed = {
+            "input_ids": new,
+            "attention_mask": mask,
+            "position_ids": numbered(mask)[:, -new.shape[1] :],
+            "token_type_ids": np.zeros_like(new),
+            **past,
+        }
+        results = dict(zip(outputs, session.run(None, {name: feed[name] for name in names}), strict=True))
+        past = {f"past_key_values.{k.removeprefix('present.')}": v for k, v in results.items() if k != "logits"}
+        logits.append(results["logits"].astype(np.float32))
+        new = logits[-1][:, -1:].argmax(-1)
+        ids = np.concatenate([ids, new], 1)
+        mask = np.concatenate([mask, np.ones_like(new)], 1)
+    return ids, mask, np.concatenate(logits, 1)
+
+
+def empty_cache(session: Any, batch: int) -> dict[str, Array]:
+    """Keys and values of no token."""
+    kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    return {
+        node.name: np.zeros((batch, node.shape[1], 0, node.shape[3]), kinds[node.type])
+        for node in session.get_inputs()
+        if node.name.startswith("past_key_values.")
+    }

@@ -1,0 +1,184 @@
+"""An export replayed later and elsewhere: against its own record, with ONNX Runtime and NumPy alone.
+
+First the files: present, of their size, of their sha256. Then the probes: each token that was generated when the model
+was exported is fed again, and its logit must be the one that was written down, and no other token's may be larger.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from surgeon.errors import CheckFailed, UnsupportedError, UsageError
+from surgeon.lower.onnx.files import AGAIN, MANIFEST, check_files
+from surgeon.lower.onnx.session import Array, empty_cache, left_padded, numbered, open_session
+
+SCHEMA = 1
+MODEL = "model.onnx"
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a replay found.
+
+    Attributes:
+        max_error: largest |Δlogit| against what was written down, at the tokens that were.
+        bound: what it may be: that of the export against torch.
+        token_agreement: share of tokens that are still the best, ties within the bound counted.
+        probes: rows replayed.
+        files: files checked.
+        versions: of what was run here.
+        seconds: time taken.
+    """
+
+    max_error: float
+    bound: float
+    token_agreement: float
+    probes: int
+    files: int
+    versions: Mapping[str, str]
+    seconds: float
+
+    def require(self, where: str) -> None:
+        """Raise CheckFailed if anything differs."""
+        if not self.max_error <= self.bound or self.token_agreement < 1:
+            what = f"the export computes something else than when it was made: |Δlogit| {self.max_error:.3g}, "
+            what += f"may be {self.bound:.3g}; {self.token_agreement:.1%} of the tokens agree"
+            raise CheckFailed(what, where, "another version of ONNX Runtime, or export it again")
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is an ONNX export."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What an export wrote down about itself.
+
+    Raises:
+        UsageError: there is no such file, or it is damaged.
+        UnsupportedError: it was written by a newer surgeon.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UsageError(f"the folder has no {MANIFEST}", str(folder), "surgeon export work/ --target onnx makes one")
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        schema, _ = int(found["schema"]), found["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{MANIFEST} is damaged: {type(error).__name__} {error}", str(path), AGAIN) from error
+    if schema > SCHEMA:
+        what = f"the export has schema {schema}, this surgeon reads up to {SCHEMA}"
+        raise UnsupportedError(what, str(path), "update surgeon: pip install -U model-surgeon")
+    return found
+
+
+def verify(folder: Path) -> Verified:
+    """Check the files of an export and replay its probes.
+
+    Raises:
+        UsageError: a file is missing, cut short or changed, or the export was written without probes.
+        UnsupportedError: this ONNX Runtime cannot load it.
+    """
+    began = time.perf_counter()
+    record = read_record(folder)
+    _check_machine(record, folder)
+    check_files(folder, record["files"])
+    verified = record.get("verified")
+    if not verified:
+        hint = "export it without --no-verify; its files are those that were written"
+        raise UsageError("the export was written unverified: there are no probes", str(folder / MANIFEST), hint)
+    session = open_session(folder / record.get("model", MODEL))
+    bound, pad = float(verified["bound"]), int(record.get("pad", 0))
+    decodes = bool(verified["steps"])
+    results = [_forced(session, b, bound) if decodes else _once(session, b, pad) for b in verified["batches"]]
+    errors, agreements = ([result[place] for result in results] for place in (0, 1))
+    return Verified(
+        float(np.max(errors)), bound, float(np.mean(agreements)), sum(len(b["prompts"]) for b in verified["batches"]),
+        len(record["files"]), {"onnxruntime": onnxruntime.__version__, "numpy": np.__version__},
+        time.perf_counter() - began,
+    )  # fmt: skip
+
+
+def _check_machine(record: Mapping[str, Any], folder: Path) -> None:
+    made = record.get("prepacked")
+    here = {"onnxruntime": onnxruntime.__version__, "processor": platform.machine()}
+    if made and made != here:
+        said = (f"onnxruntime {where['onnxruntime']} on {where['processor']}" for where in (made, here))
+        what = "the export was prepacked for {}, this is {}".format(*said)
+        raise UnsupportedError(what, str(folder), "prepack the export again, here: surgeon prepack")
+
+
+def _forced(session: Any, batch: Mapping[str, Any], bound: float) -> tuple[float, float]:
+    """Error and agreement of one batch, fed with the tokens that were generated."""
+    tokens, wanted = np.array(batch["tokens"], np.int64), np.array(batch["best_logits"])
+    ids, mask = left_padded(batch["prompts"])
+    rows, errors, agrees = np.arange(len(ids)), [], []
+    past = empty_cache(session, len(ids))
+    for step in range(tokens.shape[1]):
+        logits, past = step_logits(session, ids, mask, past)
+        found = logits[rows, tokens[:, step]]
+        errors.append(np.abs(found - wanted[:, step]).max())
+        agrees.append(logits.max(-1) - found <= 2 * bound)
+        ids = tokens[:, step : step + 1]
+        mask = np.concatenate([mask, np.ones_like(ids)], 1)
+    return float(np.max(errors)), float(np.mean(agrees))
+
+
+def step_logits(session: Any, ids: Array, mask: Array, past: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+    """The last token's logits `[b, vocab]` in fp32, and the cache with what was fed.
+
+    Args:
+        session: of an export.
+        ids: new tokens `[b, t]`.
+        mask: of all tokens, `[b, past + t]`.
+        past: keys and values of what was before.
+    """
+    outputs = [node.name for node in session.get_outputs()]
+    feed: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": numbered(mask)[:, -ids.shape[1] :],
+        "token_type_ids": np.zeros_like(ids),
+        "num_logits_to_keep": np.array(1, np.int64),
+        **past,
+    }
+    given = {node.name: feed[node.name] for node in session.get_inputs()}
+    results = dict(zip(outputs, session.run(outputs, given), strict=True))
+    kept = {f"past_key_values.{k.removeprefix('present.')}": v for k, v in results.items() if k.startswith("present.")}
+    return results["logits"][:, -1].astype(np.float32), kept
+
+
+def _once(session: Any, batch: Mapping[str, Any], pad: int) -> tuple[float, float]:
+    """Error and agreement of one batch of a model that is run once; see `surgeon.lower.onnx.once`."""
+    given = padded(batch["prompts"], pad, choices=len(session.get_inputs()[0].shape) == 3)
+    outputs = [node.name for node in session.get_outputs()]
+    made = session.run(outputs, {node.name: given[node.name] for node in session.get_inputs()})
+    found = [value.astype(np.float32).max(-1).ravel() for value in told(outputs, made)]
+    errors = [np.abs(f - np.array(w)).max() for f, w in zip(found, batch["best_logits"], strict=True)]
+    return float(np.max(errors)), 1.0
+
+
+def told(outputs: list[str], values: list[Array]) -> list[Array]:
+    """Those outputs of a model that its record tells of: scores, or else the first."""
+    scores = [value for name, value in zip(outputs, values, strict=True) if name.endswith("logits")]
+    return scores or values[:1]
+
+
+def padded(rows: list[list[int]], pad: int, *, choices: bool = False) -> dict[str, Array]:
+    """Ids, mask and types `[b, t]`, padded on the right; of multiple choice two choices, itself and itself reversed."""
+    length = max(len(row) for row in rows)
+    ids = np.array([row + [pad] * (length - len(row)) for row in rows], np.int64)
+    mask = np.array([[1] * len(row) + [0] * (length - len(row)) for row in rows], np.int64)
+    if choices:
+        turned = np.array([row[::-1] + [pad] * (length - len(row)) for row in rows], np.int64)
+        ids, mask = np.stack([ids, turned], 1), np.stack([mask, mask], 1)
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
