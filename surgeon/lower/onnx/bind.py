@@ -93,6 +93,7 @@ def place(model: ir.Model, graph: Graph, folder: Path, form: str, file: str, not
         note: as `choose` has it.
     """
     found = Placed(form, note)
+    (folder / file).parent.mkdir(exist_ok=True)
     if form == BIND:
         for name, value in list(model.graph.initializers.items()):
             info = stored(graph, name)

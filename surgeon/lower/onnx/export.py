@@ -23,7 +23,7 @@ from surgeon.atomic import atomic_folder, check_target
 from surgeon.errors import UnsupportedError, UsageError, nearest
 from surgeon.finalise import finalise
 from surgeon.graph import Graph
-from surgeon.lower.onnx import genai, gqa
+from surgeon.lower.onnx import genai, gqa, web
 from surgeon.lower.onnx import once as run_once
 from surgeon.lower.onnx.bind import COPY, Placed, choose, place
 from surgeon.lower.onnx.check import Replay, replay
@@ -32,6 +32,7 @@ from surgeon.lower.onnx.files import files_of, records
 from surgeon.lower.onnx.model import build
 from surgeon.lower.onnx.profiles import DEFAULT, GQA, STANDARD, Profile, find
 from surgeon.lower.onnx.verify import SCHEMA
+from surgeon.lower.onnx.web import layout
 from surgeon.lower.virtual_columns import as_columns
 from surgeon.passes import make
 from surgeon.passes.base import Adapter
@@ -143,18 +144,22 @@ def export_onnx(
     final, attention, fallbacks = _final(plain, made_for)
     form, note = choose(weights, made_for, plain, Path(out).absolute().parent)
     model = build(final, dtype, four_bit, made_for, turn=form == COPY)
+    names = layout(made_for, precision)
+    if made_for.package == web.PACKAGE:
+        web.keep_last(model)
     with atomic_folder(out, overwrite=overwrite) as folder:
-        placed = place(model, plain, folder, form, DATA, note)
-        ir.save(model, folder / MODEL)
+        placed = place(model, plain, folder, form, names.data, note)
+        ir.save(model, folder / names.model)
         del model
         checked = None
         if verify:
             check = run_once.compare if once else replay
-            checked = check(plain, folder / MODEL, make_probes(plain, tokenizer), dtype)
+            checked = check(plain, folder / names.model, make_probes(plain, tokenizer), dtype)
             checked.require(str(out))
         _write_configs(plain, folder, tokenizer, dtype)
         if made_for.package == "genai":
             genai.write(final, folder, model=MODEL, shared=attention == GQA)
+        web.describe(folder, made_for, names, precision)
         manifest = _manifest(graph, made_for, precision, checked) | {"weights": form, "pad": run_once.pad_of(plain)}
         manifest["attention"] = _attention(attention, fallbacks)
         manifest["files"] = records(folder, set(placed.files) if checked is None else set())
@@ -238,7 +243,7 @@ def _manifest(graph: Graph, profile: Profile, precision: str, checked: Replay | 
     return {
         "schema": SCHEMA,
         "target": "onnx",
-        "model": MODEL,
+        "model": layout(profile, precision).model,
         "profile": profile.name,
         "precision": precision,
         "opset": profile.opset,

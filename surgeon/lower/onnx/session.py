@@ -71,6 +71,7 @@ def decode(session: Any, ids: Array, mask: Array, steps: int) -> tuple[Array, Ar
             "attention_mask": mask,
             "position_ids": numbered(mask)[:, -new.shape[1] :],
             "token_type_ids": np.zeros_like(new),
+            "num_logits_to_keep": np.array(0, np.int64),
             **past,
         }
         results = dict(zip(outputs, session.run(None, {name: feed[name] for name in names}), strict=True))

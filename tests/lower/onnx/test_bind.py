@@ -27,48 +27,14 @@ from surgeon.lower.onnx.own_file import DTYPES
 from surgeon.lower.onnx.profiles import PROFILES
 from surgeon.passes import make
 from surgeon.source import open_graph, open_source
+from tests.lower.onnx.conftest import Bound
 
 ORT, WEB = PROFILES["ort"], PROFILES["web"]
 OWN = export.DATA
 
 
-def cached(folder: Path, root: Path) -> Path:
-    """A folder as a download lies in the hub's cache: links into a folder of blobs beside it."""
-    blobs, snapshot = root / "blobs", root / "snapshots" / "0123"
-    blobs.mkdir(parents=True)
-    snapshot.mkdir(parents=True)
-    for number, file in enumerate(sorted(folder.iterdir())):
-        shutil.copyfile(file, blobs / f"{number:040x}")
-        (snapshot / file.name).symlink_to(Path("../../blobs") / f"{number:040x}")
-    return snapshot
-
-
-@pytest.fixture(scope="module")
-def bound(tmp_path_factory: pytest.TempPathFactory) -> tuple[export.OnnxReport, Path, list[str]]:
-    """An export of a cached download, the folder it was made from, and what was read before the replay."""
-    root = tmp_path_factory.mktemp("bound")
-    snapshot = cached(folder_of("llama"), root / "models--tiny--llama")
-    graph = open_graph(open_source(snapshot))
-    reads: list[str] = []
-    before: list[str] = []
-    read, replay = Checkpoint.read, export.replay
-
-    def counted(self: Checkpoint, name: str) -> torch.Tensor:
-        reads.append(name)
-        return read(self, name)
-
-    def replayed(*args: Any, **options: Any) -> Any:
-        before.extend(reads)
-        return replay(*args, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoint, "read", counted)
-        patch.setattr(export, "replay", replayed)
-        return export.export_onnx(graph, root / "onnx"), snapshot, before
-
-
-def test_nothing_is_read_and_nothing_is_written(bound: tuple[export.OnnxReport, Path, list[str]]) -> None:
-    report, snapshot, before = bound
+def test_nothing_is_read_and_nothing_is_written(bound: Bound) -> None:
+    report, snapshot, before = bound.report, bound.snapshot, bound.before
     assert before == []
     assert report.token_agreement == 1.0
     assert (report.weights.form, report.weights.written, report.weights.note) == ("bind", 0, "")
@@ -78,15 +44,15 @@ def test_nothing_is_read_and_nothing_is_written(bound: tuple[export.OnnxReport, 
     assert own < 200_000
 
 
-def test_the_blob_is_linked_and_not_the_link(bound: tuple[export.OnnxReport, Path, list[str]]) -> None:
-    report, snapshot, _ = bound
+def test_the_blob_is_linked_and_not_the_link(bound: Bound) -> None:
+    report, snapshot = bound.report, bound.snapshot
     file = report.folder / bind.FOLDER / "model.safetensors"
     assert not file.is_symlink()
     assert file.samefile((snapshot / "model.safetensors").resolve())
 
 
-def test_the_model_reads_the_checkpoints_bytes(bound: tuple[export.OnnxReport, Path, list[str]]) -> None:
-    report, snapshot, _ = bound
+def test_the_model_reads_the_checkpoints_bytes(bound: Bound) -> None:
+    report, snapshot = bound.report, bound.snapshot
     graph = ir.load(report.folder / export.MODEL).graph
     stored = load_file(snapshot / "model.safetensors")
     data = (report.folder / bind.FOLDER / "model.safetensors").read_bytes()

@@ -1,0 +1,59 @@
+"""An export whose weights are bound to a download's own files, made once."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.zoo.folders import folder_of
+from surgeon.checkpoint import Checkpoint
+from surgeon.lower.onnx import export
+from surgeon.source import open_graph, open_source
+
+
+def cached(folder: Path, root: Path) -> Path:
+    """A folder as a download lies in the hub's cache: links into a folder of blobs beside it."""
+    blobs, snapshot = root / "blobs", root / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        shutil.copyfile(file, blobs / f"{number:040x}")
+        (snapshot / file.name).symlink_to(Path("../../blobs") / f"{number:040x}")
+    return snapshot
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An export of a cached download, the folder it was made from, and what was read before the replay."""
+
+    report: export.OnnxReport
+    snapshot: Path
+    before: list[str]
+
+
+@pytest.fixture(scope="session")
+def bound(tmp_path_factory: pytest.TempPathFactory) -> Bound:
+    root = tmp_path_factory.mktemp("bound")
+    snapshot = cached(folder_of("llama"), root / "models--tiny--llama")
+    graph = open_graph(open_source(snapshot))
+    reads: list[str] = []
+    before: list[str] = []
+    read, replay = Checkpoint.read, export.replay
+
+    def counted(self: Checkpoint, name: str) -> torch.Tensor:
+        reads.append(name)
+        return read(self, name)
+
+    def replayed(*args: Any, **options: Any) -> Any:
+        before.extend(reads)
+        return replay(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoint, "read", counted)
+        patch.setattr(export, "replay", replayed)
+        return Bound(export.export_onnx(graph, root / "onnx"), snapshot, before)
