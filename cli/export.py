@@ -38,6 +38,18 @@ def command(
         str,
         typer.Option(help="onnx: bind to the checkpoint's files (hard links), or copy. Default: bind if it can."),
     ] = "",
+    adapters: Annotated[
+        str, typer.Option(help="onnx: merge, slots: adapters are inputs, or stacked: one per row of a batch.")
+    ] = "merge",
+    targets: Annotated[str, typer.Option(help="onnx, --adapters slots: the linears that have slots.")] = "all-linear",
+    prefix_slots: Annotated[
+        bool,
+        typer.Option("--prefix-slots", help="onnx, --adapters slots: prefixes are slots too, at standard attention."),
+    ] = False,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(help="onnx, --adapters slots: an adapter to compile and verify too. Repeatable."),
+    ] = None,
     arch: Annotated[str, typer.Option(help="triton: GPU architectures; sm_80's PTX always comes along.")] = "",
     keep_adapter: Annotated[
         bool | None, typer.Option(help="triton: leave the adapter beside the base. Default: over a base in codes.")
@@ -59,6 +71,7 @@ def command(
     Examples:
         surgeon export work/ --target onnx -o onnx/
         surgeon export model/ --target onnx --precision fp16 --json
+        surgeon export model/ --adapters slots --adapter lora-adapter/ --adapter prefix-work/ -o onnx/
         surgeon export lora-adapter/ --target hf -o merged/
         surgeon export work/ --target triton --arch sm_80,sm_90 --precision bf16
     """
@@ -73,9 +86,14 @@ def command(
         options |= {"precision": precision or "fp32", "codes": codes, "four_bit": four_bit}
         options |= {"profile": profile} if profile else {}
         options |= {"weights": weights} if weights else {}
-    for name, value in (("--profile", profile), ("--weights", weights)):
+        options |= {"adapters": adapters, "targets": targets, "prefix_slots": prefix_slots, "adapter": adapter or []}
+    given = "" if adapters == "merge" else adapters
+    for name, value in (("--profile", profile), ("--weights", weights), ("--adapters", given)):
         if value and target != "onnx":
             raise UsageError(f"{name} is for --target onnx", f"--target {target}", "leave it out")
+    if adapters == "merge" and (adapter or prefix_slots or targets != "all-linear"):
+        what = "--adapter, --targets and --prefix-slots are for an export whose adapters are inputs"
+        raise UsageError(what, f"--adapters {adapters}", "--adapters slots")
     for name, given in (("--arch", arch), ("--keep-adapter", keep_adapter is not None)):
         if given and target != "triton":
             raise UsageError(f"{name} is for --target triton", f"--target {target}", "leave it out")

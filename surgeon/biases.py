@@ -16,7 +16,7 @@ from surgeon.sites import Site, argument_of, has_argument
 aten = torch.ops.aten
 
 
-def widen(edit: Edit, count: int) -> None:
+def widen(edit: Edit, count: int | fx.Node) -> None:
     """The bias of the attention that is being edited, for `count` keys more, which come first.
 
     A bias that this graph is given is widened where it is computed.
@@ -35,7 +35,7 @@ def is_alibi(bias: fx.Node) -> bool:
     return bool(value.is_floating_point()) and value.shape[-2] == 1 and value.shape[-1] != 1
 
 
-def widen_trunk(graph: Graph, owner: str, count: int, *, every: bool) -> None:
+def widen_trunk(graph: Graph, owner: str, count: int | fx.Node, *, every: bool) -> None:
     """The biases that the trunk computes for its layers: every one, or those that are ALiBi."""
     for call in [node for node in graph.trunk.nodes if node.op == "call_module"]:
         layer = graph.layers[str(call.target)]
@@ -49,7 +49,7 @@ def widen_trunk(graph: Graph, owner: str, count: int, *, every: bool) -> None:
                 edit.replace(_widened(edit, given, count))
 
 
-def _widened(edit: Edit, root: fx.Node, count: int) -> fx.Node:
+def _widened(edit: Edit, root: fx.Node, count: int | fx.Node) -> fx.Node:
     """A bias `[.., t | 1, s]` computed for `count` more, its last rows."""
     length = _length(root)
     copies: dict[fx.Node, fx.Node] = {}
@@ -76,7 +76,7 @@ def _length(root: fx.Node) -> str:
     return str(next(iter(symbols))) if len(symbols) == 1 else lengths.symbol(size)
 
 
-def _more(edit: Edit, size: fx.Node, length: str, count: int) -> fx.Node:
+def _more(edit: Edit, size: fx.Node, length: str, count: int | fx.Node) -> fx.Node:
     """A number computed from s, computed from `count` more."""
     if lengths.is_length(size, length):
         return edit.call(operator.add, size, count)
@@ -84,7 +84,7 @@ def _more(edit: Edit, size: fx.Node, length: str, count: int) -> fx.Node:
     return edit.copy(size, {n: _more(edit, n, length, count) for n in inputs})
 
 
-def _more_seen(edit: Edit, mask: fx.Node, count: int) -> fx.Node:
+def _more_seen(edit: Edit, mask: fx.Node, count: int | fx.Node) -> fx.Node:
     """A key mask with `count` tokens before the first."""
     rows = edit.call(aten.sym_size.int, mask, 0)
     return edit.call(aten.cat.default, [edit.call(aten.new_ones.default, mask, [rows, count]), mask], 1)

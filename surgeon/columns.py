@@ -23,25 +23,28 @@ def attach(
     hidden: bool,
     biased: bool,
     added: fx.Node | None,
+    count: int | fx.Node = 0,
 ) -> None:
     """k, v → cat(P_k, k), cat(P_v, v); masks and biases let every query see the columns.
 
     Args:
         edit: at the attention.
-        tables: P_k `[h_kv, p, d]` and P_v `[h_kv, p, d_v]`.
+        tables: P_k `[h_kv, p, d]` and P_v `[h_kv, p, d_v]`, or with an axis of 1 before.
         dropout: on both, another draw for every row of the batch.
         hidden: whether a window hides them as it hides tokens; chunks are counted from them then.
         biased: whether position biases see them as tokens before the text. ALiBi has no other place for them.
         added: what a gate adds to their scores, `[1, h, 1, p]`.
+        count: p where it is a node, of columns that are `hidden`; 0 reads it off the tables.
     """
-    count, batch = int(tables[0].meta["val"].shape[1]), edit.call(aten.sym_size.int, edit.argument(0), 0)
+    count = count or int(tables[0].meta["val"].shape[-2])
+    batch = edit.call(aten.sym_size.int, edit.argument(0), 0)
     for position, table in zip((1, 2), tables, strict=True):
         rows = edit.dropout(edit.call(aten.expand.default, table, [batch, -1, -1, -1]), dropout)
         edit.feed(edit.call(aten.cat.default, [rows, edit.argument(position)], 2))
     if edit.has(3):
         seen = edit.call(aten.new_ones.default, edit.argument(3), [batch, count])
         edit.feed(edit.call(aten.cat.default, [seen, edit.argument(3)], 1))
-    if not hidden and (edit.node.kwargs.get("window") or edit.node.kwargs.get("chunk")):
+    if isinstance(count, int) and not hidden and (edit.node.kwargs.get("window") or edit.node.kwargs.get("chunk")):
         edit.raise_by("prefix", count)
     if edit.has(4):
         _bias(edit, count, biased, added)
@@ -51,7 +54,7 @@ def attach(
         edit.give(4, edit.call(aten.cat.default, [added, rest], -1))
 
 
-def _bias(edit: Edit, count: int, biased: bool, added: fx.Node | None) -> None:
+def _bias(edit: Edit, count: int | fx.Node, biased: bool, added: fx.Node | None) -> None:
     bias = edit.argument(4)
     if edit.site.role != "cross" and (biased or biases.is_alibi(bias)):
         if added is not None:
@@ -62,7 +65,7 @@ def _bias(edit: Edit, count: int, biased: bool, added: fx.Node | None) -> None:
     edit.feed(edit.call(aten.cat.default, [_unbiased(edit, bias, count, added), bias], -1))
 
 
-def _unbiased(edit: Edit, bias: fx.Node, count: int, added: fx.Node | None) -> fx.Node:
+def _unbiased(edit: Edit, bias: fx.Node, count: int | fx.Node, added: fx.Node | None) -> fx.Node:
     """What a bias `[.., t, s]` has for the columns: nothing but a gate's, or that they are seen."""
     value = bias.meta["val"]
     if added is not None and not (value.is_floating_point() and value.shape[1] == added.meta["val"].shape[1]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import fx
@@ -20,10 +20,11 @@ ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 _SAME = (aten.view.default, aten.expand.default, aten.unsqueeze.default, aten.to.dtype, aten.slice.Tensor)
 
 
-def shift(graph: Graph, owner: str, count: int) -> None:
+def shift(graph: Graph, owner: str, count: int | Callable[[Edit], fx.Node]) -> None:
     """Tokens that were numbered from 0 are numbered from `count`: given positions, and those the graph counts itself.
 
-    An encoder's tokens keep their numbers where there is a decoder.
+    An encoder's tokens keep their numbers where there is a decoder. A `count` that is known when the model runs is a
+    function that writes its node.
     """
     for node in [n for n in graph.trunk.nodes if n.op == "placeholder" and n.target == INPUT]:
         _move(Edit.of_trunk(graph, owner, node), count)
@@ -39,9 +40,12 @@ def shift(graph: Graph, owner: str, count: int) -> None:
         graph.layers.update(dict.fromkeys(paths, part))
 
 
-def _move(edit: Edit, count: int) -> None:
-    moved = edit.add(edit.y, count)
-    moved.meta[SHIFT] = count
+def _move(edit: Edit, count: int | Callable[[Edit], fx.Node]) -> None:
+    amount = count if isinstance(count, int) else count(edit)
+    if isinstance(amount, fx.Node):
+        edit.write_after(max(edit.y, amount))
+    moved = edit.call(aten.add.Tensor, edit.y, amount)
+    moved.meta[SHIFT] = count if isinstance(count, int) else 0
     edit.replace(moved)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import onnxscript
 
+from surgeon.lower.onnx import adapters
 from surgeon.lower.onnx.export import OnnxReport, export_onnx
 from surgeon.lower.opening import opened
 from surgeon.model import SurgeonModel
@@ -20,6 +22,7 @@ def export(
     *,
     base: str | Path | None = None,
     rank: int | None = None,
+    adapter: Sequence[str | Path] = (),
     **options: Any,
 ) -> OnnxReport:
     """Export a folder or a loaded model; options are those of `export_onnx`.
@@ -29,7 +32,9 @@ def export(
         out: the new folder.
         base: the base of an adapter, where the folder's own record of it no longer holds.
         rank: of adapters that have every rank (DyLoRA); their highest if not given.
+        adapter: folders of adapters that are compiled and verified with an export that has slots.
         options: see `surgeon.lower.onnx.export.export_onnx`.
     """
     graph, tokenizer = opened(work, base, rank)
-    return export_onnx(graph, out, tokenizer=tokenizer, **options)
+    given = adapters.read_all(adapter, graph)
+    return export_onnx(graph, out, tokenizer=tokenizer, given=given, **options)

@@ -17,6 +17,7 @@ import torch
 from surgeon import fold, positions
 from surgeon.errors import CheckFailed
 from surgeon.graph import Graph
+from surgeon.lower.onnx.adapter_file import Loaded
 from surgeon.lower.onnx.session import Array, decode, left_padded, numbered, open_session
 from surgeon.stream import StreamingExecutor
 from surgeon.verification import RELATIVE, Probe
@@ -79,7 +80,14 @@ class Replay:
             )
 
 
-def replay(graph: Graph, file: Path, probes: Sequence[Probe], dtype: torch.dtype, steps: int = STEPS) -> Replay:
+def replay(
+    graph: Graph,
+    file: Path,
+    probes: Sequence[Probe],
+    dtype: torch.dtype,
+    steps: int = STEPS,
+    given: Loaded | None = None,
+) -> Replay:
     """Decode every probe with an exported model and compare all logits.
 
     Args:
@@ -88,6 +96,7 @@ def replay(graph: Graph, file: Path, probes: Sequence[Probe], dtype: torch.dtype
         probes: the prompts; they are shortened to different lengths.
         dtype: of the exported model; the bound depends on it.
         steps: tokens to generate, fewer if the model has no positions for them.
+        given: what its slots are fed; None for a model without, or the base's values of optional ones.
     """
     session = open_session(file)
     prompts = [list(probe.ids[: max(2, len(probe.ids) - 4 * number)]) for number, probe in enumerate(probes)]
@@ -96,7 +105,7 @@ def replay(graph: Graph, file: Path, probes: Sequence[Probe], dtype: torch.dtype
     reference = StreamingExecutor(graph)
     batches, largest = [], 0.0
     for batch in ([prompts[0]], prompts):
-        result, size = _replayed(graph, reference, session, batch, steps)
+        result, size = _replayed(graph, reference, session, batch, steps, given)
         batches.append(result)
         largest = max(largest, size)
     errors = [batch.max_error for batch in batches]
@@ -119,10 +128,10 @@ def virtual_tokens(graph: Graph) -> int:
 
 
 def _replayed(
-    graph: Graph, reference: StreamingExecutor, session: Any, prompts: list[list[int]], steps: int
+    graph: Graph, reference: StreamingExecutor, session: Any, prompts: list[list[int]], steps: int, given: Loaded | None
 ) -> tuple[Replayed, float]:
     ids, mask = left_padded(prompts)
-    ids, mask, found = decode(session, ids, mask, steps)
+    ids, mask, found = decode(session, ids, mask, steps, given)
     expected = _reference(graph, reference, ids, mask)[:, : found.shape[1]]
     seen = mask[:, : found.shape[1], None] > 0
     difference = np.where(seen, np.abs(found - expected), 0.0)

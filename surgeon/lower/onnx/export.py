@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import resource
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ from surgeon.atomic import atomic_folder, check_target
 from surgeon.errors import UnsupportedError, UsageError, nearest
 from surgeon.finalise import finalise
 from surgeon.graph import Graph
-from surgeon.lower.onnx import genai, gqa, web
+from surgeon.lower.onnx import adapters as apart
+from surgeon.lower.onnx import genai, gqa, slots, web
 from surgeon.lower.onnx import once as run_once
+from surgeon.lower.onnx.adapter_file import as_loaded
+from surgeon.lower.onnx.adapter_slots import base_of
 from surgeon.lower.onnx.bind import COPY, Placed, choose, place
 from surgeon.lower.onnx.check import Replay, replay
 from surgeon.lower.onnx.codes import with_codes
@@ -102,6 +106,10 @@ def export_onnx(
     tokenizer: Any = None,
     overwrite: bool = False,
     verify: bool = True,
+    adapters: str = apart.MERGE,
+    targets: str = "all-linear",
+    prefix_slots: bool = False,
+    given: Mapping[str, Graph] | None = None,
 ) -> OnnxReport:
     """Write the folder `out` with the model, its configs, its tokenizer and a manifest with replayed probes.
 
@@ -123,6 +131,12 @@ def export_onnx(
         tokenizer: is written beside the model and makes the probes.
         overwrite: replace an existing folder.
         verify: replay the probes in ONNX Runtime, within fp32 1e-4, fp16 2e-2 of the largest logit.
+        adapters: "merge" folds them in; "slots" makes them inputs of the model (see `surgeon.lower.onnx.slots`), and
+            those of the graph a file of their own; "stacked" lets every row of a batch choose one of several.
+        targets: the linears that have slots.
+        prefix_slots: standard attention, whatever the profile has, so that prefixes are slots too; without, keys and
+            values before the text are what a fused attention's cache starts with.
+        given: more adapters of the same base, by name, to compile and verify with the export.
 
     Raises:
         CheckFailed: ONNX Runtime computes something else; nothing is left behind.
@@ -135,13 +149,22 @@ def export_onnx(
     if four_bit not in FOUR_BIT:
         raise UsageError(f"no 4-bit form {four_bit}", "--four-bit", f"one of {', '.join(FOUR_BIT)}")
     made_for = find(profile)
+    apart.check_form(adapters)
     check_target(Path(out), overwrite)
-    plain = exportable(graph, codes)
+    swapped = adapters != apart.MERGE
+    plain = exportable(base_of(graph) if swapped else graph, codes)
     dtype = PRECISIONS[precision]
     once = graph.task in run_once.TASKS
     if made_for.package == "genai":
         genai.check(plain)
-    final, attention, fallbacks = _final(plain, made_for)
+    if prefix_slots:
+        made_for = replace(made_for, attention=STANDARD)
+    ready = apart.slotted(plain, made_for, targets, adapters) if swapped else plain
+    final, attention, fallbacks = _final(ready, made_for)
+    if swapped and attention == STANDARD != made_for.attention:
+        standard = replace(made_for, attention=STANDARD)
+        final = run.apply(apart.slotted(plain, standard, targets, adapters), make("kv_cache"))
+    record = apart.manifest(final, plain, made_for, dtype) if swapped else {}
     form, note = choose(weights, made_for, plain, Path(out).absolute().parent)
     model = build(final, dtype, four_bit, made_for, turn=form == COPY)
     names = layout(made_for, precision)
@@ -149,18 +172,27 @@ def export_onnx(
         web.keep_last(model)
     with atomic_folder(out, overwrite=overwrite) as folder:
         placed = place(model, plain, folder, form, names.data, note)
+        if swapped and made_for.optional_slots:
+            slots.make_optional(model)
         ir.save(model, folder / names.model)
         del model
-        checked = None
+        checked, probes = None, make_probes(plain, tokenizer)
         if verify:
             check = run_once.compare if once else replay
-            checked = check(plain, folder / names.model, make_probes(plain, tokenizer), dtype)
+            empty = {"given": as_loaded({}, record)} if swapped else {}
+            checked = check(plain, folder / names.model, probes, dtype, **empty)
             checked.require(str(out))
+        if swapped:
+            record["adapters"] = apart.put(
+                {**apart.own(graph), **(given or {})}, record, folder,
+                lambda one, fed: replay(one, folder / names.model, probes, dtype, given=fed) if verify else None,
+            )  # fmt: skip
         _write_configs(plain, folder, tokenizer, dtype)
         if made_for.package == "genai":
             genai.write(final, folder, model=MODEL, shared=attention == GQA)
         web.describe(folder, made_for, names, precision)
-        manifest = _manifest(graph, made_for, precision, checked) | {"weights": form, "pad": run_once.pad_of(plain)}
+        manifest = _manifest(plain if swapped else graph, made_for, precision, checked) | record
+        manifest |= {"weights": form, "pad": run_once.pad_of(plain)}
         manifest["attention"] = _attention(attention, fallbacks)
         manifest["files"] = records(folder, set(placed.files) if checked is None else set())
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n")

@@ -13,6 +13,7 @@ from typing import Any
 from surgeon import positions
 from surgeon.errors import UnsupportedError
 from surgeon.graph import Graph, val
+from surgeon.lower.onnx.adapter_file import is_slot
 from surgeon.wiring import inputs_of
 
 CONFIG = "genai_config.json"
@@ -48,7 +49,8 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
 def config(graph: Graph, folder: Path, model: str, shared: bool) -> dict[str, Any]:
     """What genai_config.json says; special tokens are those of the folder's generation_config.json."""
     text = graph.config.get_text_config()
-    keys = [val(n) for n, name in zip(inputs_of(graph.trunk), graph.inputs, strict=True) if name.endswith(".key")]
+    named = dict(zip(graph.inputs, inputs_of(graph.trunk), strict=True))
+    keys = [val(node) for name, node in named.items() if name.startswith(_PAST) and name.endswith(".key")]
     length = int(positions.limit(graph) or ROOM)
     decoder: dict[str, Any] = {
         "session_options": {"provider_options": []},
@@ -58,7 +60,7 @@ def config(graph: Graph, folder: Path, model: str, shared: bool) -> dict[str, An
         "num_attention_heads": int(text.num_attention_heads),
         "num_hidden_layers": len(keys),
         "num_key_value_heads": int(keys[0].shape[1]),
-        "inputs": {name: name for name in graph.inputs if not name.startswith(_PAST)}
+        "inputs": {name: name for name in named if not (name.startswith(_PAST) or is_slot(name))}
         | {f"past_{word}_names": f"{_PAST}%d.{word}" for word in ("key", "value")},
         "outputs": {"logits": "logits"}
         | {f"present_{word}_names": f"{_PRESENT}%d.{word}" for word in ("key", "value")},

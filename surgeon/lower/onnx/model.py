@@ -11,6 +11,8 @@ from torch import fx
 
 from surgeon.errors import UnsupportedError
 from surgeon.graph import Graph, val
+from surgeon.lower.onnx import slots
+from surgeon.lower.onnx.adapter_file import IDS, is_slot
 from surgeon.lower.onnx.codes import prepared
 from surgeon.lower.onnx.fused import fuse
 from surgeon.lower.onnx.join import Joined, Shape, finish, typed
@@ -149,6 +151,9 @@ def _interface(graph: Graph, dtype: torch.dtype) -> list[tuple[str, Shape, torch
         elif name.startswith("past_key_values."):
             _, heads, _, size = val(node).shape
             found.append((name, (BATCH, int(heads), PAST, int(size)), dtype))
+        elif is_slot(name):
+            kind = torch.int64 if name == IDS else dtype
+            found.append((name, slots.shape_of(name, val(node)), kind))
         else:
             raise UnsupportedError(f"the ONNX export has no input named {name}", graph.config.model_type)
     return found
@@ -157,7 +162,7 @@ def _interface(graph: Graph, dtype: torch.dtype) -> list[tuple[str, Shape, torch
 def _sized(shape: Shape, sizes: dict[str, int]) -> list[int]:
     known = {BATCH: sizes["batch"], NEW: sizes["new"], PAST: sizes["past"], TOTAL: sizes["past"] + sizes["new"]}
     known[CHOICES] = sizes["choices"]
-    return [known[size] if isinstance(size, str) else size for size in shape]
+    return [known[size] if size in known else slots.sized(size, sizes) for size in shape]
 
 
 def _outputs(graph: Graph, trunk: Part, runs: tuple[Shapes, ...]) -> list[ir.Value]:

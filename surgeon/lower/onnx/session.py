@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from surgeon.errors import UnsupportedError
+from surgeon.lower.onnx.adapter_file import Loaded
 
 Array = npt.NDArray[Any]
 
@@ -48,7 +49,9 @@ def numbered(mask: Array) -> Array:
     return found
 
 
-def decode(session: Any, ids: Array, mask: Array, steps: int) -> tuple[Array, Array, Array]:
+def decode(
+    session: Any, ids: Array, mask: Array, steps: int, given: Loaded | None = None
+) -> tuple[Array, Array, Array]:
     """Greedy decoding through the model's K/V cache.
 
     Args:
@@ -56,6 +59,7 @@ def decode(session: Any, ids: Array, mask: Array, steps: int) -> tuple[Array, Ar
         ids: the prompts `[b, t]`, padded on the left.
         mask: 1 at tokens, 0 at padding.
         steps: tokens to generate.
+        given: an adapter for the model's slots.
 
     Returns:
         The ids and the mask with what was generated `[b, t + steps]`, and the logits `[b, t + steps - 1, vocab]` in
@@ -63,23 +67,30 @@ def decode(session: Any, ids: Array, mask: Array, steps: int) -> tuple[Array, Ar
     """
     names = [node.name for node in session.get_inputs()]
     outputs = [node.name for node in session.get_outputs()]
-    past = empty_cache(session, len(ids))
-    logits, new = [], ids
-    for _ in range(steps):
+    own = given.feed(len(ids)) if given else {}
+    start = given.length if given else 0
+    past = {**empty_cache(session, len(ids)), **(given.past(len(ids)) if given else {})}
+    # GroupQueryAttention takes several rows either from the first token on or one token at a time.
+    prompt = [1] * ids.shape[1] if start and len(ids) > 1 else [ids.shape[1]]
+    logits, end = [], 0
+    for width in [*prompt, *[1] * (steps - 1)]:
+        end += width
+        seen = mask[:, :end]
         feed = {
-            "input_ids": new,
-            "attention_mask": mask,
-            "position_ids": numbered(mask)[:, -new.shape[1] :],
-            "token_type_ids": np.zeros_like(new),
+            "input_ids": ids[:, end - width : end],
+            "attention_mask": np.pad(seen, ((0, 0), (start, 0)), constant_values=1),
+            "position_ids": numbered(seen)[:, -width:] + start,
+            "token_type_ids": np.zeros_like(ids[:, end - width : end]),
             "num_logits_to_keep": np.array(0, np.int64),
             **past,
         }
-        results = dict(zip(outputs, session.run(None, {name: feed[name] for name in names}), strict=True))
+        fed = {name: feed[name] for name in names if name not in own}
+        results = dict(zip(outputs, session.run(None, {**fed, **own}), strict=True))
         past = {f"past_key_values.{k.removeprefix('present.')}": v for k, v in results.items() if k != "logits"}
         logits.append(results["logits"].astype(np.float32))
-        new = logits[-1][:, -1:].argmax(-1)
-        ids = np.concatenate([ids, new], 1)
-        mask = np.concatenate([mask, np.ones_like(new)], 1)
+        if end == ids.shape[1]:
+            ids = np.concatenate([ids, logits[-1][:, -1:].argmax(-1)], 1)
+            mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
     return ids, mask, np.concatenate(logits, 1)
 
 

@@ -10,7 +10,7 @@ import json
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime
 
 from surgeon.errors import CheckFailed, UnsupportedError, UsageError
+from surgeon.lower.onnx.adapter_file import Loaded, as_loaded, load
 from surgeon.lower.onnx.files import AGAIN, MANIFEST, check_files
 from surgeon.lower.onnx.session import Array, empty_cache, left_padded, numbered, open_session
 
@@ -99,7 +100,10 @@ def verify(folder: Path) -> Verified:
     session = open_session(folder / record.get("model", MODEL))
     bound, pad = float(verified["bound"]), int(record.get("pad", 0))
     decodes = bool(verified["steps"])
-    results = [_forced(session, b, bound) if decodes else _once(session, b, pad) for b in verified["batches"]]
+    slots = as_loaded({}, record) if "slots" in record else None
+    results = [_forced(session, b, bound, slots) if decodes else _once(session, b, pad) for b in verified["batches"]]
+    for adapter in record.get("adapters", ()):
+        results += _adapted(session, folder, adapter, record)
     errors, agreements = ([result[place] for result in results] for place in (0, 1))
     return Verified(
         float(np.max(errors)), bound, float(np.mean(agreements)), sum(len(b["prompts"]) for b in verified["batches"]),
@@ -117,14 +121,31 @@ def _check_machine(record: Mapping[str, Any], folder: Path) -> None:
         raise UnsupportedError(what, str(folder), "prepack the export again, here: surgeon prepack")
 
 
-def _forced(session: Any, batch: Mapping[str, Any], bound: float) -> tuple[float, float]:
+def _adapted(
+    session: Any, folder: Path, adapter: Mapping[str, Any], record: Mapping[str, Any]
+) -> list[tuple[float, float]]:
+    """Error and agreement of the batches of one of the export's adapters, the error as if its bound were the base's."""
+    verified, fed = adapter["verified"], load(folder / adapter["file"], folder)
+    if verified is None:
+        return []
+    given = replace(fed, ids=(1,)) if fed.ids else fed
+    own, bound = float(verified["bound"]), float(record["verified"]["bound"])
+    found = [_forced(session, batch, own, given) for batch in verified["batches"]]
+    return [(error * bound / own, agreement) for error, agreement in found]
+
+
+def _forced(session: Any, batch: Mapping[str, Any], bound: float, given: Loaded | None) -> tuple[float, float]:
     """Error and agreement of one batch, fed with the tokens that were generated."""
     tokens, wanted = np.array(batch["tokens"], np.int64), np.array(batch["best_logits"])
     ids, mask = left_padded(batch["prompts"])
     rows, errors, agrees = np.arange(len(ids)), [], []
-    past = empty_cache(session, len(ids))
+    past = {**empty_cache(session, len(ids)), **(given.past(len(ids)) if given else {})}
+    if given and given.length and len(ids) > 1:  # GroupQueryAttention goes on with several rows by one token each
+        for end in range(1, ids.shape[1]):
+            past = step_logits(session, ids[:, end - 1 : end], mask[:, :end], past, given)[1]
+        ids = ids[:, -1:]
     for step in range(tokens.shape[1]):
-        logits, past = step_logits(session, ids, mask, past)
+        logits, past = step_logits(session, ids, mask, past, given)
         found = logits[rows, tokens[:, step]]
         errors.append(np.abs(found - wanted[:, step]).max())
         agrees.append(logits.max(-1) - found <= 2 * bound)
@@ -133,7 +154,9 @@ def _forced(session: Any, batch: Mapping[str, Any], bound: float) -> tuple[float
     return float(np.max(errors)), float(np.mean(agrees))
 
 
-def step_logits(session: Any, ids: Array, mask: Array, past: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+def step_logits(
+    session: Any, ids: Array, mask: Array, past: Mapping[str, Array], given: Loaded | None = None
+) -> tuple[Array, dict[str, Array]]:
     """The last token's logits `[b, vocab]` in fp32, and the cache with what was fed.
 
     Args:
@@ -141,18 +164,20 @@ def step_logits(session: Any, ids: Array, mask: Array, past: Mapping[str, Array]
         ids: new tokens `[b, t]`.
         mask: of all tokens, `[b, past + t]`.
         past: keys and values of what was before.
+        given: an adapter for the model's slots.
     """
+    own, start = (given.feed(len(ids)), given.length) if given else ({}, 0)
     outputs = [node.name for node in session.get_outputs()]
     feed: dict[str, Any] = {
         "input_ids": ids,
-        "attention_mask": mask,
-        "position_ids": numbered(mask)[:, -ids.shape[1] :],
+        "attention_mask": np.pad(mask, ((0, 0), (start, 0)), constant_values=1),
+        "position_ids": numbered(mask)[:, -ids.shape[1] :] + start,
         "token_type_ids": np.zeros_like(ids),
         "num_logits_to_keep": np.array(1, np.int64),
         **past,
     }
-    given = {node.name: feed[node.name] for node in session.get_inputs()}
-    results = dict(zip(outputs, session.run(outputs, given), strict=True))
+    fed = {node.name: feed[node.name] for node in session.get_inputs() if node.name not in own}
+    results = dict(zip(outputs, session.run(outputs, {**fed, **own}), strict=True))
     kept = {f"past_key_values.{k.removeprefix('present.')}": v for k, v in results.items() if k.startswith("present.")}
     return results["logits"][:, -1].astype(np.float32), kept
 

@@ -1,0 +1,267 @@
+"""Adapters for the slots of an export: written, and loaded again with the checks that ONNX Runtime leaves out.
+
+An `.onnx_adapter` holds the slots that an adapter fills; the others keep the base's values. A `.safetensors` file holds
+all of them, for runtimes where every slot is a required input: whoever loads it feeds what is in it. Both carry the
+`model_version` of the export they were made for, a hash of its base and slots. Needs numpy and onnxruntime alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from surgeon.atomic import atomic_file
+from surgeon.errors import UsageError, nearest
+
+MANIFEST, SLOTS = "surgeon.json", "slots"
+NATIVE, PLAIN = ".onnx_adapter", ".safetensors"
+INITIAL = "initial."
+"""Before the name of a tensor that is no slot but keys or values to start the cache with."""
+LEAVES = ("lora_A", "lora_B", "in_scale", "out_scale", "out_shift")
+"""The slots of a linear."""
+FACTORS, SCALED = LEAVES[2:4], LEAVES[2:]
+_PREFIXED = re.compile(r"prefix\.(\d+)\.(key|value)")
+IDS, COUNT = "adapter_ids", "adapters"
+Array = npt.NDArray[Any]
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An adapter, as what a session is fed.
+
+    Attributes:
+        inputs: slot → its value.
+        initial: `past_key_values.<i>.key/value` → what the cache starts with `[1, h_kv, p, d]`, where the export's
+            attentions have no slot for a prefix.
+        ids: of a stack, which adapter each row of a batch has; () for no stack.
+    """
+
+    inputs: Mapping[str, Array]
+    initial: Mapping[str, Array]
+    ids: tuple[int, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """p: how many tokens the cache starts with. The mask is that much longer, and positions start there."""
+        return next((int(value.shape[2]) for value in self.initial.values()), 0)
+
+    def feed(self, batch: int = 1) -> dict[str, Array]:
+        """The inputs of every step, for a batch of this size."""
+        ids = {IDS: np.resize(np.array(self.ids, np.int64), batch)} if self.ids else {}
+        return {**self.inputs, **ids}
+
+    def past(self, batch: int = 1) -> dict[str, Array]:
+        """The cache before the first token, for a batch of this size; empty for none."""
+        return {name: np.repeat(value, batch, 0) for name, value in self.initial.items()}
+
+
+def is_slot(name: str) -> bool:
+    """Whether an input is a slot, or says which adapter a row has."""
+    return name == IDS or name.rpartition(".")[2] in LEAVES or _PREFIXED.fullmatch(name) is not None
+
+
+def read_export(folder: str | Path) -> dict[str, Any]:
+    """The manifest of an export that has slots.
+
+    Raises:
+        UsageError: it is no export, its manifest is damaged, or it has no slots.
+    """
+    file = Path(folder) / MANIFEST
+    if not file.is_file():
+        raise UsageError(f"the folder has no {MANIFEST}", str(folder), "name a folder from surgeon export")
+    try:
+        record: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{MANIFEST} is not valid JSON: {error}", str(file), "export the model again") from error
+    if not isinstance(record, dict) or not isinstance(record.get(SLOTS), dict):
+        what = "the export has no slots: its adapters are merged, or there were none"
+        raise UsageError(what, str(folder), "surgeon export MODEL --target onnx --adapters slots")
+    if record[SLOTS].get("model_version") != model_version(record):
+        raise UsageError(f"{MANIFEST} was changed after the export", str(file), "export the model again")
+    return record
+
+
+def model_version(record: Mapping[str, Any]) -> int:
+    """A hash of 31 bits of an export's base and slots: what its adapters carry."""
+    known = {key: value for key, value in record[SLOTS].items() if key != "model_version"}
+    text = json.dumps([record["base"], known], sort_keys=True)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+def defaults(record: Mapping[str, Any]) -> dict[str, Array]:
+    """The base's values of all slots of an export."""
+    dtype = np.dtype(record[SLOTS]["dtype"])
+    return {name: empty(name, shape, dtype) for name, shape in record[SLOTS]["inputs"].items() if name != IDS}
+
+
+def empty(name: str, shape: Sequence[int | str], dtype: npt.DTypeLike) -> Array:
+    """What a slot is for the base: no rank, no column, a factor of 1, a shift of 0; a stack has one of it."""
+    leaf = name.rpartition(".")[2]
+    free = int(leaf in SCALED)
+    sizes = [size if isinstance(size, int) else 1 if size == COUNT else free for size in shape]
+    return np.full(sizes, float(leaf in FACTORS), dtype)
+
+
+def check(tensors: Mapping[str, Array], record: Mapping[str, Any], where: str) -> None:
+    """Raise UsageError unless these are values of an export's slots: names, shapes and dtypes."""
+    slots, dtype = record[SLOTS], np.dtype(record[SLOTS]["dtype"])
+    known = {**slots["inputs"], **{INITIAL + name: shape for name, shape in slots["initial"].items()}}
+    known.pop(IDS, None)
+    for name, value in tensors.items():
+        if name not in known:
+            raise UsageError(f"the export has no slot {name}", where, f"nearest: {nearest(name, known)}")
+        if not _fits(value.shape, _sizes(name, known)):
+            what = f"{name} is {list(value.shape)}, and its slot is {known[name]}"
+            raise UsageError(what, where, "name the base that the adapter was made for")
+        if value.dtype != dtype:
+            raise UsageError(f"{name} is {value.dtype}, and its slot is {dtype}", where, "compile it: surgeon adapter")
+        path, _, leaf = name.rpartition(".")
+        if leaf in ("lora_A", "lora_B"):
+            a, b = tensors.get(f"{path}.lora_A"), tensors.get(f"{path}.lora_B")
+            if a is None or b is None or a.shape[-1] != b.shape[-2]:
+                raise UsageError(f"{path} has a lora_A and a lora_B of different ranks", where, "compile it again")
+
+
+def _sizes(name: str, known: Mapping[str, Sequence[int | str]]) -> list[set[int] | int | str]:
+    """The sizes that each axis may have."""
+    path, _, leaf = name.rpartition(".")
+    if leaf not in SCALED:
+        return list(known[name])
+    whole: Any = known[f"{path}.lora_A"][-2] if leaf == "in_scale" else known[f"{path}.lora_B"][-1]
+    return [*known[name][:-1], {1, int(whole)}]
+
+
+def _fits(shape: Sequence[int], wanted: Sequence[set[int] | int | str]) -> bool:
+    return len(shape) == len(wanted) and all(
+        isinstance(size, str) or (found in size if isinstance(size, set) else found == size)
+        for found, size in zip(shape, wanted, strict=True)
+    )
+
+
+def write(tensors: Mapping[str, Array], record: Mapping[str, Any], path: str | Path) -> int:
+    """Write an adapter for an export, in the form its suffix names; returns its size in bytes.
+
+    Raises:
+        UsageError: the suffix is another, or a tensor is no value of a slot; nothing is written.
+    """
+    path = Path(path)
+    form(path)
+    check(tensors, record, str(path))
+    version = int(record[SLOTS]["model_version"])
+    with atomic_file(path) as temporary:
+        if path.suffix == PLAIN:
+            _write_plain({**defaults(record), **tensors}, version, temporary)
+        else:
+            made = onnxruntime.AdapterFormat()
+            made.set_adapter_version(_VERSION)
+            made.set_model_version(version)
+            values = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+            made.set_parameters({n: onnxruntime.OrtValue.ortvalue_from_numpy(v) for n, v in values.items()})
+            made.export_adapter(str(temporary))
+    return path.stat().st_size
+
+
+def form(path: Path) -> str:
+    """The suffix of an adapter's file; raises UsageError for one that is none of ours."""
+    if path.suffix not in (NATIVE, PLAIN):
+        raise UsageError(f"'{path.name}' is no name of an adapter", str(path), f"end it with {NATIVE} or {PLAIN}")
+    return path.suffix
+
+
+def _write_plain(tensors: Mapping[str, Array], version: int, path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    values = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    save_file(values, path, metadata={"format": "surgeon-slots", "model_version": str(version)})
+
+
+def load(path: str | Path, export: str | Path) -> Loaded:
+    """An adapter's file for an export, checked: made for it, names, shapes and dtypes.
+
+    ONNX Runtime itself does not compare versions. Feed the result to a session (`Loaded.feed`, `Loaded.past`), or hand
+    the same `.onnx_adapter` to `onnxruntime.LoraAdapter` or `onnxruntime_genai.Adapters` after this check.
+
+    Args:
+        path: an `.onnx_adapter` or `.safetensors` file.
+        export: the folder it was made for.
+
+    Raises:
+        UsageError: the file is missing or damaged, or made for another export.
+    """
+    path, record = Path(path), read_export(export)
+    if not path.is_file():
+        raise UsageError("there is no such adapter", str(path), f"surgeon adapter FOLDER --for {export} -o {path}")
+    try:
+        tensors, version = (_read_plain if form(path) == PLAIN else _read_native)(path)
+    except UsageError:
+        raise
+    except Exception as error:  # both readers raise their own classes for what is no such file
+        raise UsageError(f"the adapter cannot be read: {error}", str(path), "compile it again") from error
+    if version != record[SLOTS]["model_version"]:
+        what = f"the adapter was made for another export (version {version}, not {record[SLOTS]['model_version']})"
+        raise UsageError(what, str(path), f"surgeon adapter FOLDER --for {export}")
+    check(tensors, record, str(path))
+    return as_loaded(tensors, record)
+
+
+def stacked(parts: Sequence[Mapping[str, Array]], record: Mapping[str, Any]) -> dict[str, Array]:
+    """Adapters one above the other, padded to the largest rank; the base is number 0, the first is number 1."""
+    known, found = record[SLOTS]["inputs"], dict[str, Array]()
+    for name in dict.fromkeys(name for part in parts for name in part):
+        base = empty(name, known[name][1:], record[SLOTS]["dtype"])
+        values = [base, *(part.get(name, base) for part in parts)]
+        shape = np.max([value.shape for value in values], 0)
+        found[name] = np.stack([_padded(value, shape) for value in values])
+    return {**found, **_same_count(found, len(parts) + 1, record)}
+
+
+def _padded(value: Array, shape: npt.NDArray[np.int64]) -> Array:
+    """A factor for every channel, or more ranks that are 0."""
+    if value.ndim == 1:
+        return np.broadcast_to(value, shape)
+    return np.pad(value, [(0, int(size) - have) for size, have in zip(shape, value.shape, strict=True)])
+
+
+def _same_count(found: Mapping[str, Array], count: int, record: Mapping[str, Any]) -> dict[str, Array]:
+    """What no adapter of a stack changes, as often as there are adapters: a row is looked up in every slot."""
+    left = {name: value for name, value in defaults(record).items() if name not in found}
+    return {name: np.repeat(value, count, 0) for name, value in left.items()}
+
+
+def as_loaded(tensors: Mapping[str, Array], record: Mapping[str, Any]) -> Loaded:
+    """Values of an export's slots as what a session is fed; the base's, if there are none."""
+    inputs = {name: value for name, value in tensors.items() if not name.startswith(INITIAL)}
+    initial = {name.removeprefix(INITIAL): v for name, v in tensors.items() if name.startswith(INITIAL)}
+    if not record[SLOTS]["optional"]:
+        inputs = {**defaults(record), **inputs}
+    return Loaded(inputs, initial, (0,) if record[SLOTS]["form"] == "stacked" else ())
+
+
+def _read_native(path: Path) -> tuple[dict[str, Array], int]:
+    found = onnxruntime.AdapterFormat.read_adapter(str(path))
+    # The values point into the file, which is closed with the reader.
+    return {name: value.numpy().copy() for name, value in found.get_parameters().items()}, found.get_model_version()
+
+
+def _read_plain(path: Path) -> tuple[dict[str, Array], int]:
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+        return tensors, int((file.metadata() or {}).get("model_version", -1))
+
+
+def elements(tensors: Mapping[str, Array]) -> int:
+    """How many numbers an adapter has."""
+    return sum(math.prod(value.shape) for value in tensors.values())

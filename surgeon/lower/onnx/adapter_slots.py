@@ -1,0 +1,182 @@
+"""An adapter of any method as values of an export's slots: the slots' back end of the normal form."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from surgeon import fold, replaced
+from surgeon.checkpoint import Checkpoint
+from surgeon.errors import SurgeonError, UnsupportedError, UsageError
+from surgeon.finalise import finalise
+from surgeon.fold import Fold, value_of
+from surgeon.graph import Graph
+from surgeon.lower.onnx.adapter_file import INITIAL, SLOTS
+from surgeon.lower.onnx.slots import IN, OUT, SHIFT, A, B
+from surgeon.lower.virtual_columns import as_columns
+from surgeon.normal import Columns, Normal, compose
+from surgeon.passes.base import Adapter
+from surgeon.passes.quantiser import Quantiser
+from surgeon.run import owners
+from surgeon.sites import ATTENTION, EMBEDDING, Site, argument_of, has_argument, sites
+from surgeon.strip import without
+
+_MERGE = "surgeon export --adapters merge folds it in"
+Tensors = dict[str, torch.Tensor]
+
+
+def base_of(graph: Graph) -> Graph:
+    """The graph without its adapters, its codes kept."""
+    return without(graph, {owner for owner, step in owners(graph.applied).items() if not isinstance(step, Quantiser)})
+
+
+def described(graph: Graph) -> dict[str, Any]:
+    """What an export's manifest says of the base that its adapters must have been made for."""
+    try:
+        fingerprint = Checkpoint.open(graph.source).fingerprint()
+    except SurgeonError:
+        fingerprint = ""  # a model that lies in memory
+    codes = [step.spec() for step in graph.applied if isinstance(step, Quantiser)]
+    return {
+        "model_type": graph.config.model_type, "task": graph.task, "fingerprint": fingerprint, "codes": codes,
+        "context": graph.context,
+    }  # fmt: skip
+
+
+def check_base(graph: Graph, record: Mapping[str, Any], where: str) -> None:
+    """Raise UsageError for an adapter that was made for another base than an export's."""
+    mine, wanted = described(graph), record["base"]
+    for key, value in mine.items():
+        if value != wanted.get(key):
+            said = "another checkpoint (fingerprint)" if key == "fingerprint" else f"{key} {value or 'none'}"
+            what = f"the adapter was made for another base: {said}, and the export has {wanted.get(key) or 'none'}"
+            raise UsageError(what, where, "name the export of its own base with --for, or its base with --base")
+
+
+def compiled(graph: Graph, record: Mapping[str, Any], where: str = "") -> Tensors:
+    """The values of an export's slots that compute what the adapters of a graph do.
+
+    Args:
+        graph: the export's base with adapters, with values.
+        record: the export's manifest.
+        where: what errors call the adapter.
+
+    Raises:
+        UnsupportedError: a part of the adapter has no slot; all of them are named, and nothing is left out.
+        UsageError: the adapter was made for another base.
+    """
+    check_base(graph, record, where)
+    biases = _biases(graph)
+    plain = as_columns(finalise(graph, lambda kept: kept))
+    found: dict[str, list[Fold]] = {}
+    for item in fold.folds(plain):
+        found.setdefault(item.site.path, []).append(item)
+    linears = {site.path: site for site in sites(plain) if f"{site.path}.{A}" in record[SLOTS]["inputs"]}
+    _check_slots(plain, [*found], biases, linears, where)
+    tensors: Tensors = {}
+    for path, site in linears.items():
+        if path in found or site.bias in biases:
+            tensors.update(_linear(plain, site, found.get(path, []), biases.get(site.bias)))
+    tensors.update(_prefix(plain, record, where))
+    if not tensors:
+        raise UsageError("there is no adapter: it changes nothing of the base", where, "name an adapter's folder")
+    dtype = getattr(torch, record[SLOTS]["dtype"])
+    return {name: value.detach().to(dtype).contiguous() for name, value in tensors.items()}
+
+
+def _biases(graph: Graph) -> Tensors:
+    """Name → value of the tensors of the base that trained with the adapters."""
+    names: dict[str, None] = {}
+    for owner, step in owners(graph.applied).items():
+        if isinstance(step, Adapter):
+            names.update(dict.fromkeys(replaced.names(graph, owner, step)))
+    return {name: graph.inserted[name]() for name in names if name in graph.inserted}
+
+
+def _check_slots(graph: Graph, paths: list[str], trained: Tensors, linears: Mapping[str, Site], where: str) -> None:
+    """Raise UnsupportedError that names every part of the adapters that has no slot."""
+    biases = {site.bias for site in linears.values() if site.bias}
+    kinds = {site.path: site.kind for site in sites(graph)}
+    lost = [f"{path} ({kinds[path]})" for path in paths if path not in linears]
+    lost += [name for name in trained if name not in biases]
+    lost += [f"{item.site.path} ({item.step.name})" for item in fold.rest(graph) if item.site.kind != ATTENTION]
+    steps = owners(graph.applied).values()
+    lost += [s.name for s in steps if not isinstance(s, (Adapter, Quantiser)) and not s.training_only]
+    if lost:
+        more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
+        what = f"the export has no slot for these parts of the adapter: {', '.join(lost[:4])}{more}"
+        raise UnsupportedError(what, where, f"export with slots there (--targets), or {_MERGE}")
+
+
+def _linear(graph: Graph, site: Site, items: list[Fold], trained: torch.Tensor | None) -> Tensors:
+    bias = value_of(graph, site.bias).float() if site.bias else None
+    made = fold.normals(items, lambda: site.matrix(value_of(graph, site.weight).float()), lambda: bias)
+    normal = functools.reduce(lambda inner, outer: compose(outer, inner), made).factored() if made else Normal()
+    if normal.replaced is not None:
+        raise UnsupportedError("rows of the weight are replaced, and there is no slot for rows", site.path, _MERGE)
+    found = _factors(normal)
+    values = {A: found[0], B: found[1], IN: normal.u, OUT: normal.s, SHIFT: _shift(normal, bias, trained)}
+    return {f"{site.path}.{leaf}": value for leaf, value in values.items() if value is not None}
+
+
+def _factors(normal: Normal) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """A `[in, r]` and B `[r, out]`, with the scale."""
+    if normal.a is None or normal.b is None:
+        return None, None
+    a = normal.a.float().repeat_interleave(normal.group, -1) if normal.group > 1 else normal.a.float()
+    return a.t(), (normal.b.float() * (normal.scale / normal.divisor)).t()
+
+
+def _shift(normal: Normal, bias: torch.Tensor | None, trained: torch.Tensor | None) -> torch.Tensor | None:
+    """What the scaled output is short of the adapter's bias: b' - s ⊙ b."""
+    if bias is None:
+        return None
+    wanted = normal.bias if normal.bias is not None else trained if trained is not None else bias
+    found = wanted.float() - (bias if normal.s is None else normal.s.float() * bias)
+    return found if bool((found != 0).any()) else None
+
+
+def _prefix(graph: Graph, record: Mapping[str, Any], where: str) -> Tensors:
+    """The columns of every attention, under the names of slots or of what the cache starts with."""
+    found: dict[str, list[tuple[Fold, Columns]]] = {}
+    for item in fold.columns(graph):
+        found.setdefault(f"{item.site.layer} {item.site.node}", []).append((item, item.columns()))
+    if not found:
+        return {}
+    places = {f"{site.layer} {site.node}": number for number, site in enumerate(sites(graph, ATTENTION))}
+    kind = record[SLOTS]["prefix"]
+    if kind == "none":
+        what = "the export has no slot for these parts of the adapter: keys and values before the text"
+        raise UnsupportedError(what, where, _MERGE)
+    if set(found) != set(places):
+        left = next(site.path for site in sites(graph, ATTENTION) if f"{site.layer} {site.node}" not in found)
+        raise UnsupportedError("the adapter has no keys and values at some attentions", left, _MERGE)
+    stem = "prefix." if kind == "slots" else f"{INITIAL}past_key_values."
+    tensors: Tensors = {}
+    for place, items in found.items():
+        for item, columns in items:
+            _check_columns(graph, item, columns)
+        for word in ("k", "v"):
+            name = f"{stem}{places[place]}.{'key' if word == 'k' else 'value'}"
+            tensors[name] = torch.cat([getattr(columns, word).float() for _, columns in items], 1)[None]
+    if len({tuple(value.shape)[2] for value in tensors.values()}) > 1:
+        raise UnsupportedError("the adapter has more keys at some attentions than at others", where, _MERGE)
+    return tensors
+
+
+def _check_columns(graph: Graph, item: Fold, columns: Columns) -> None:
+    """Raise UnsupportedError for columns that are seen otherwise than tokens before the text are."""
+    part = graph.layers[item.site.layer] if item.site.layer else graph.trunk
+    node = next(node for node in part.nodes if node.name == item.site.node)
+    if columns.column_bias is not None:
+        raise UnsupportedError(f"{item.step.name} has gates, and there is no slot for them", item.site.path, _MERGE)
+    if not columns.windowed and (node.kwargs.get("window") or node.kwargs.get("chunk")):
+        what = f"{item.step.name} is seen through a window (windowed=False), and slots are not"
+        raise UnsupportedError(what, item.site.path, _MERGE)
+    given: Any = argument_of(node, 4) if has_argument(node, 4) else None
+    numeric = given is not None and given.meta["val"].is_floating_point() and given.meta["val"].shape[-2] != 1
+    if numeric and not getattr(item.step, "biased", True) and item.site.role != EMBEDDING:
+        raise UnsupportedError(f"{item.step.name} has no position biases, and slots have", item.site.path, _MERGE)
