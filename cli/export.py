@@ -87,8 +87,8 @@ def command(
         options |= {"profile": profile} if profile else {}
         options |= {"weights": weights} if weights else {}
         options |= {"adapters": adapters, "targets": targets, "prefix_slots": prefix_slots, "adapter": adapter or []}
-    given = "" if adapters == "merge" else adapters
-    for name, value in (("--profile", profile), ("--weights", weights), ("--adapters", given)):
+    apart = "" if adapters == "merge" else adapters
+    for name, value in (("--profile", profile), ("--weights", weights), ("--adapters", apart)):
         if value and target != "onnx":
             raise UsageError(f"{name} is for --target onnx", f"--target {target}", "leave it out")
     if adapters == "merge" and (adapter or prefix_slots or targets != "all-linear"):
