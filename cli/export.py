@@ -50,6 +50,12 @@ def command(
         list[Path] | None,
         typer.Option(help="onnx, --adapters slots: an adapter to compile and verify too. Repeatable."),
     ] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="onnx, --profile web: a page beside the model that runs it in a browser.")
+    ] = False,
+    runtime: Annotated[
+        Path | None, typer.Option(help="onnx, --demo: a node_modules with onnxruntime-web; default: taken from npm.")
+    ] = None,
     arch: Annotated[str, typer.Option(help="triton: GPU architectures; sm_80's PTX always comes along.")] = "",
     keep_adapter: Annotated[
         bool | None, typer.Option(help="triton: leave the adapter beside the base. Default: over a base in codes.")
@@ -87,8 +93,9 @@ def command(
         options |= {"profile": profile} if profile else {}
         options |= {"weights": weights} if weights else {}
         options |= {"adapters": adapters, "targets": targets, "prefix_slots": prefix_slots, "adapter": adapter or []}
+        options |= {"demo": True, "runtime": runtime} if demo else {}
     apart = "" if adapters == "merge" else adapters
-    for name, value in (("--profile", profile), ("--weights", weights), ("--adapters", apart)):
+    for name, value in (("--profile", profile), ("--weights", weights), ("--demo", demo), ("--adapters", apart)):
         if value and target != "onnx":
             raise UsageError(f"{name} is for --target onnx", f"--target {target}", "leave it out")
     if adapters == "merge" and (adapter or prefix_slots or targets != "all-linear"):
@@ -157,6 +164,8 @@ def view(report: OnnxReport) -> RenderableType:
         fields["max |Δlogit|"] = f"{replay.max_error:.3g}, may be {replay.bound:.3g} ({replay.because})"
     else:
         fields["replayed"] = "no: --no-verify"
+    if "index.html" in report.files:
+        fields["serve it"] = f"python -m http.server --bind 127.0.0.1 --directory {report.folder} 8000"
     fields["took"] = f"{report.seconds:.1f} s, peak {output.size(report.peak_rss_bytes)}"
     return output.fields(fields)
 

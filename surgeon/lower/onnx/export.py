@@ -25,6 +25,7 @@ from surgeon.errors import UnsupportedError, UsageError, nearest
 from surgeon.finalise import finalise
 from surgeon.graph import Graph
 from surgeon.lower.onnx import adapters as apart
+from surgeon.lower.onnx import demo as page
 from surgeon.lower.onnx import genai, gqa, slots, web
 from surgeon.lower.onnx import once as run_once
 from surgeon.lower.onnx.adapter_file import as_loaded
@@ -110,6 +111,7 @@ def export_onnx(
     targets: str = "all-linear",
     prefix_slots: bool = False,
     given: Mapping[str, Graph] | None = None,
+    demo: Path | None = None,
 ) -> OnnxReport:
     """Write the folder `out` with the model, its configs, its tokenizer and a manifest with replayed probes.
 
@@ -137,6 +139,7 @@ def export_onnx(
         prefix_slots: standard attention, whatever the profile has, so that prefixes are slots too; without, keys and
             values before the text are what a fused attention's cache starts with.
         given: more adapters of the same base, by name, to compile and verify with the export.
+        demo: for profile "web": put a page that runs the model beside it, with the runtime of this folder.
 
     Raises:
         CheckFailed: ONNX Runtime computes something else; nothing is left behind.
@@ -151,6 +154,8 @@ def export_onnx(
     made_for = find(profile)
     apart.check_form(adapters)
     check_target(Path(out), overwrite)
+    if demo is not None:
+        page.check(made_for, tokenizer)
     swapped = adapters != apart.MERGE
     plain = exportable(base_of(graph) if swapped else graph, codes)
     dtype = PRECISIONS[precision]
@@ -191,6 +196,8 @@ def export_onnx(
         if made_for.package == "genai":
             genai.write(final, folder, model=MODEL, shared=attention == GQA)
         web.describe(folder, made_for, names, precision)
+        if demo is not None:
+            page.write(folder, names, demo, plain.config.model_type, record)
         manifest = _manifest(plain if swapped else graph, made_for, precision, checked) | record
         manifest |= {"weights": form, "pad": run_once.pad_of(plain)}
         manifest["attention"] = _attention(attention, fallbacks)

@@ -1,0 +1,1 @@
+"""What ONNX exports cost and how fast they run, beside other exporters."""
