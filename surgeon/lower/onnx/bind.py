@@ -26,14 +26,13 @@ from surgeon.errors import UsageError, nearest
 from surgeon.fold import MergedValues
 from surgeon.graph import Graph
 from surgeon.hold import Codes
+from surgeon.lower.onnx.files import FOLDER
 from surgeon.lower.onnx.own_file import DTYPES, write_own
 from surgeon.lower.onnx.profiles import Profile
 from surgeon.safetensors_file import TensorInfo
 
 BIND, COPY = "bind", "copy"
 FORMS = (BIND, COPY)
-FOLDER = "weights"
-"""Where the checkpoint's files are linked: not beside config.json, where they would pass for a checkpoint."""
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 
 

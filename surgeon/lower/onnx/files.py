@@ -10,6 +10,8 @@ from typing import Any
 from surgeon.errors import UsageError
 
 MANIFEST = "surgeon.json"
+FOLDER = "weights"
+"""Where a checkpoint's files are linked: not beside config.json, where they would pass for a checkpoint."""
 AGAIN = "copy the whole folder again, its weights included, or export it again"
 _BLOCK = 1 << 22
 

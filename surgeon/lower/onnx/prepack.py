@@ -22,7 +22,7 @@ import onnxruntime
 
 from surgeon.atomic import atomic_folder, check_target
 from surgeon.errors import UnsupportedError, UsageError
-from surgeon.lower.onnx.files import MANIFEST, check_files, files_of, records
+from surgeon.lower.onnx.files import FOLDER, MANIFEST, check_files, files_of, records
 from surgeon.lower.onnx.verify import MODEL, Verified, read_record, verify
 
 DATA = "prepacked.onnx_data"
@@ -109,7 +109,8 @@ def _save(model: Path, new: Path) -> None:
 
 def _carry(folder: Path, new: Path, record: dict[str, Any]) -> None:
     """Copy what belongs to the export and is neither its model nor its weights."""
-    kept = [name for name in record["files"] if Path(name).suffix not in (".onnx", ".safetensors", ".onnx_data")]
+    weights = (f"{FOLDER}/", MODEL)  # model.onnx, and the file of its own tensors, whose name begins alike
+    kept = [name for name in record["files"] if not name.startswith(weights)]
     for name in kept:
         (new / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, new / name)

@@ -23,6 +23,7 @@ from surgeon.checkpoint import Checkpoint
 from surgeon.errors import UsageError
 from surgeon.graph import Graph
 from surgeon.lower.onnx import bind, export
+from surgeon.lower.onnx.files import FOLDER
 from surgeon.lower.onnx.own_file import DTYPES
 from surgeon.lower.onnx.profiles import PROFILES
 from surgeon.passes import make
@@ -40,13 +41,13 @@ def test_nothing_is_read_and_nothing_is_written(bound: Bound) -> None:
     assert (report.weights.form, report.weights.written, report.weights.note) == ("bind", 0, "")
     sizes = sum(info.nbytes for info in Checkpoint.open(snapshot).tensors.values())
     assert report.weights.bound == sizes
-    own = sum(size for name, size in report.files.items() if not name.startswith(bind.FOLDER))
+    own = sum(size for name, size in report.files.items() if not name.startswith(FOLDER))
     assert own < 200_000
 
 
 def test_the_blob_is_linked_and_not_the_link(bound: Bound) -> None:
     report, snapshot = bound.report, bound.snapshot
-    file = report.folder / bind.FOLDER / "model.safetensors"
+    file = report.folder / FOLDER / "model.safetensors"
     assert not file.is_symlink()
     assert file.samefile((snapshot / "model.safetensors").resolve())
 
@@ -55,7 +56,7 @@ def test_the_model_reads_the_checkpoints_bytes(bound: Bound) -> None:
     report, snapshot = bound.report, bound.snapshot
     graph = ir.load(report.folder / export.MODEL).graph
     stored = load_file(snapshot / "model.safetensors")
-    data = (report.folder / bind.FOLDER / "model.safetensors").read_bytes()
+    data = (report.folder / FOLDER / "model.safetensors").read_bytes()
     for name, value in stored.items():
         tensor = graph.initializers[name].const_value
         assert isinstance(tensor, ir.ExternalTensor)
