@@ -36,6 +36,7 @@ def command(
     max_prompt: Annotated[int, typer.Option(help="Tokens a prompt may have; 0 for as many as the model has.")] = 0,
     max_body: Annotated[str, typer.Option(help="Bytes a request may have.")] = "1M",
     deadline: Annotated[float, typer.Option(help="Seconds a request may take; 0 for any.")] = 0.0,
+    tensor_parallel: Annotated[int, typer.Option(help="Processes that share the model, started by torchrun.")] = 1,
     chat_template: Annotated[Path | None, typer.Option(help="A Jinja file, in place of the tokenizer's own.")] = None,
     api_key: Annotated[list[str], typer.Option(help="A key; may repeat. SURGEON_API_KEY is one too.")] = [],  # noqa: B006
 ) -> None:
@@ -47,15 +48,22 @@ def command(
     Examples:
         surgeon serve model/ --adapters adapters/
         surgeon serve model/ --adapter poet=work/ --adapter short=dylora/@4 --api-key secret
+        torchrun --nproc-per-node 2 -m surgeon serve model/ --tensor-parallel 2
     """
     sizes = {"--pool": size("--pool", pool), "--host-cache": size("--host-cache", host_cache)}
-    for option, count in (("--running", running), ("--active", active), ("--step", step), ("--queue", queue)):
+    for option, count in (
+        ("--running", running),
+        ("--active", active),
+        ("--step", step),
+        ("--queue", queue),
+        ("--tensor-parallel", tensor_parallel),
+    ):
         if count < 1:
             raise UsageError(f"{option} is {count}", option, "1 or more")
     template = _template(chat_template)
     _require()
     from surgeon.serve.app import make_app
-    from surgeon.serve.open import named, open_server
+    from surgeon.serve.open import follow, named, open_server
     from surgeon.serve.scheduler import Limits
     from surgeon.serve.server import Options
 
@@ -67,18 +75,36 @@ def command(
         (title,), keys, places[0], places[1], size("--max-body", max_body), max_prompt, deadline, template
     )  # fmt: skip
     limits = Limits(running=running, adapters=active, step=step, queue=queue)
+    share = _joined(tensor_parallel)
+    model: dict[str, Any] = {
+        "pool_bytes": sizes["--pool"], "dtype": _dtype(dtype), "quantise": quantise, "deterministic": deterministic,
+        "targets": targets, "share": share,
+    }  # fmt: skip
+    if share is not None and share.rank:
+        follow(base, **model)
+        return
     server = open_server(
-        base, options=options, adapters=named(adapter), limits=limits, pool_bytes=sizes["--pool"],
-        host_bytes=sizes["--host-cache"], dtype=_dtype(dtype), quantise=quantise, deterministic=deterministic,
-        targets=targets,
-    )  # fmt: skip
+        base, options=options, adapters=named(adapter), limits=limits, host_bytes=sizes["--host-cache"], **model
+    )
     memory = server.service.engine.memory
     layout = memory.layout
     output.say(f"{title}: {memory.pool.pages} pages of {layout.block} tokens, {output.size(memory.pool.nbytes)}")
     output.say(f"http://{host}:{port}/v1 · /health · /metrics · /dashboard; Ctrl-C stops")
     import uvicorn
 
-    uvicorn.run(make_app(server), host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
+    try:
+        uvicorn.run(make_app(server), host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
+    finally:
+        server.service.engine.stop()
+
+
+def _joined(processes: int) -> Any:
+    """Which of several processes this one is, None for the only one."""
+    if processes == 1:
+        return None
+    from surgeon.serve.shared import join
+
+    return join(processes)
 
 
 def size(option: str, text: str) -> int:

@@ -126,7 +126,7 @@ class SLora(Pass):
         pool = self._pool(edit)
         last = site.layer == "" and _selects(edit.graph) and edit.node in _tail(edit.graph)
         owners = edit.common_input("slora.last_owners" if last else "slora.owners", torch.int64, (4,))
-        table = _per_layer(edit, names, "adapters", rows, (2, 9))
+        table = _per_layer(edit, names, "adapters", rows, (2, 10))
         scales = _per_layer(edit, names, "scales", pool, (2,))
         given = (pool, rows, table, scales, owners)
         edit.replace(

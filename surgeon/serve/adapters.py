@@ -33,6 +33,7 @@ from surgeon.serve.packed import (
     LOW,
     OUT,
     OUTPUT,
+    PARTS,
     RANK,
     WIDTH,
     Packed,
@@ -297,7 +298,7 @@ class Lines:
         """`[linears, WIDTH]` and the scales."""
         lines = torch.full((len(self._ranks), WIDTH), -1, dtype=torch.int64)
         lines[:, RANK] = torch.tensor(self._ranks, dtype=torch.int64)
-        lines[:, BANKED] = 0
+        lines[:, BANKED], lines[:, PARTS] = 0, 1
         for (number, name), ticket in self._tickets.items():
             lines[number, name] = packer.number(ticket)
         for number, (first_a, first_b) in self._banked.items():

@@ -10,10 +10,11 @@ many go through two small matrix products.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 
-from surgeon.serve.work import Low, Single, Work, work
+from surgeon.serve.work import Work, work
 
 _LIBRARY = torch.library.Library("surgeon", "FRAGMENT")
 _POOLED = "Tensor pool, Tensor rows, Tensor table, Tensor scales, Tensor owners"
@@ -59,65 +60,77 @@ def pooled_bypass(
     if todo is None:
         return y
     flat, given = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-    if todo.output is not None or todo.bias is not None:
-        return _scaled(flat, given, bias, pool, todo).view_as(y)
-    _add(flat, given, pool, todo)
+    changed(flat, bias, pool, todo, lambda: add(flat, given, pool, todo, None))
     return y
 
 
-def _add(y: torch.Tensor, x: torch.Tensor, pool: torch.Tensor, todo: Work) -> None:
-    """y += o ⊙ (scale · ((x Aᵀ) ⊙ l) B)."""
-    a_rows, b_rows = view(pool, x.shape[-1]), view(pool, y.shape[-1])
+Lows = list[torch.Tensor]
+"""scale · x Aᵀ: of the tokens by themselves `[m]`, if there are any, then of each group `[n, r]`."""
+
+
+def add(
+    y: torch.Tensor, x: torch.Tensor, pool: torch.Tensor, todo: Work, exchange: Callable[[Lows, Work], Lows] | None
+) -> None:
+    """y += o ⊙ (scale · ((x Aᵀ) ⊙ l) B); `exchange` completes the products with A where processes share them."""
+    lows = _down(x, view(pool, x.shape[-1]), y, pool, todo)
+    if exchange is not None:
+        lows = exchange(lows, todo)
+    _weigh(lows, pool, todo)
     delta = y if todo.out is None else torch.zeros_like(y)
+    b_rows, left = view(pool, y.shape[-1]), list(lows)
     if todo.single is not None:
-        delta += _sampled(x, a_rows, b_rows, pool, todo.single, todo.low)
-    for group in todo.groups:
-        low = (x[group.tokens] @ a_rows[group.a].T) * group.scale.to(x.dtype)
-        for vectors in (v for v in todo.low if v.rank == group.rank):
-            inside = (vectors.tokens >= group.tokens.start) & (vectors.tokens < group.tokens.stop)
-            low[vectors.tokens[inside] - group.tokens.start] *= view(pool, vectors.rank)[vectors.rows[inside]]
+        up = todo.single.patterns(pool.numel() // x.shape[-1], len(b_rows))[1]
+        up.values().copy_(left.pop(0))
+        delta += torch.sparse.mm(up, b_rows, "sum")
+    for group, low in zip(todo.groups, left, strict=True):
         delta[group.tokens].addmm_(low, b_rows[group.b])
     if todo.out is not None:
         delta[todo.out.tokens] *= view(pool, y.shape[-1])[todo.out.rows]
         y += delta
 
 
-def _sampled(
-    x: torch.Tensor,
-    a_rows: torch.Tensor,
-    b_rows: torch.Tensor,
-    pool: torch.Tensor,
-    single: Single,
-    low: tuple[Low, ...],
-) -> torch.Tensor:
-    """Every token with its own rows, `[n, out]`."""
-    down, up = single.patterns(len(a_rows), len(b_rows))
-    values = up.values()
-    torch.mul(torch.sparse.sampled_addmm(down, x, a_rows.T, beta=0.0).values(), single.scale, out=values)
-    for vectors in low:
+def _down(x: torch.Tensor, a_rows: torch.Tensor, y: torch.Tensor, pool: torch.Tensor, todo: Work) -> Lows:
+    lows = []
+    if todo.single is not None:
+        down = todo.single.patterns(len(a_rows), pool.numel() // y.shape[-1])[0]
+        lows.append(torch.sparse.sampled_addmm(down, x, a_rows.T, beta=0.0).values() * todo.single.scale)
+    return lows + [(x[group.tokens] @ a_rows[group.a].T) * group.scale.to(x.dtype) for group in todo.groups]
+
+
+def _weigh(lows: Lows, pool: torch.Tensor, todo: Work) -> None:
+    """Products with A times l."""
+    groups = lows if todo.single is None else lows[1:]
+    for vectors in todo.low:
+        factors = view(pool, vectors.rank)
         alone = vectors.places[:, 0] >= 0
-        values[vectors.places[alone]] *= view(pool, vectors.rank)[vectors.rows[alone]]
-    return torch.sparse.mm(up, b_rows, "sum")
+        if todo.single is not None:
+            lows[0][vectors.places[alone]] *= factors[vectors.rows[alone]]
+        for group, low in zip(todo.groups, groups, strict=True):
+            if vectors.rank == group.rank:
+                inside = (vectors.tokens >= group.tokens.start) & (vectors.tokens < group.tokens.stop)
+                low[vectors.tokens[inside] - group.tokens.start] *= factors[vectors.rows[inside]]
 
 
-def _scaled(
-    y: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, pool: torch.Tensor, todo: Work
-) -> torch.Tensor:
-    """With s and a bias of its own for some tokens: the base's bias is taken off first, and put back last."""
-    both = [v.tokens for v in (todo.output, todo.bias) if v is not None]
-    changed = torch.cat(both).unique()
+def changed(
+    y: torch.Tensor, bias: torch.Tensor | None, pool: torch.Tensor, todo: Work, add_delta: Callable[[], None]
+) -> None:
+    """y in place, with s and a bias of its own for some tokens: the base's is taken off first, and put back last."""
+    if todo.output is None and todo.bias is None:
+        add_delta()
+        return
+    tokens = torch.cat([v.tokens for v in (todo.output, todo.bias) if v is not None]).unique()
     if bias is not None:
-        y[changed] -= bias.to(y.dtype)
-    _add(y, x, pool, todo)
+        y[tokens] -= bias.to(y.dtype)
+    add_delta()
     rows = view(pool, y.shape[-1])
     if todo.output is not None:
         y[todo.output.tokens] *= rows[todo.output.rows].to(y.dtype)
     last = y.new_zeros(len(y), y.shape[-1])
     if bias is not None:
-        last[changed] = bias.to(y.dtype)
+        last[tokens] = bias.to(y.dtype)
     if todo.bias is not None:
         last[todo.bias.tokens] = rows[todo.bias.rows].to(y.dtype)
-    return y.index_add_(0, changed, last[changed])
+    y.index_add_(0, tokens, last[tokens])
 
 
 def pooled_input(

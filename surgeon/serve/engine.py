@@ -8,21 +8,23 @@ from typing import Any
 import torch
 
 from surgeon import module, numbering, positions, run
-from surgeon.errors import SurgeonError, UnsupportedError
+from surgeon.errors import SurgeonError, UnsupportedError, UsageError
 from surgeon.graph import Graph, copied, sweep
 from surgeon.packed import packed_products
 from surgeon.passes import make
-from surgeon.serve import bypass, paged
+from surgeon.serve import bypass, paged, partition, shared
 from surgeon.serve.adapters import Loader
 from surgeon.serve.batch import Batches, Piece
 from surgeon.serve.layout import Layout
 from surgeon.serve.memory import Memory
+from surgeon.serve.partition import Share
 from surgeon.serve.pool import Pool
 from surgeon.serve.sequence import Sequence
 from surgeon.sites import ATTENTION, EXPERTS, Site, sites
 
 assert bypass  # registers the operators
 assert paged
+assert shared
 FIXED = 32
 """Tokens of every step of a deterministic server: products of one shape, whatever is asked."""
 
@@ -47,6 +49,7 @@ class Engine:
         deterministic: bool = False,
         targets: str = "*",
         block: int = 0,
+        share: Share | None = None,
     ) -> None:
         """Load the model.
 
@@ -57,6 +60,7 @@ class Engine:
             deterministic: whether a request's result has the same bits in any batch.
             targets: the linears that adapters may change.
             block: tokens per page, 0 for what fits the model.
+            share: which part of the model this process computes; None for all of it.
 
         Raises:
             UnsupportedError: the model cannot be served, with the place that cannot.
@@ -67,9 +71,15 @@ class Engine:
         graph = run.apply(base, make("slora", targets=targets, block=block, each=deterministic))
         step: Any = graph.applied[-1]
         linears = tuple(s for s in run.chosen_sites(base, step)[0] if s.kind != ATTENTION)
-        self.base, self.deterministic = base, deterministic
-        self.layout = _layout(base, linears, step)
-        self.model = module.load(_swept(graph), dtype=dtype)
+        self.base, self.deterministic, self.share = base, deterministic, share
+        self.layout, swept = _layout(base, linears, step), _swept(graph)
+        self.roles: dict[str, str] = {}
+        if share is not None:
+            _check_shared(base, targets)
+            self.roles = partition.roles(base, share.size)
+            self.layout = partition.layout_of(self.layout, share)
+            swept = partition.partitioned(swept, self.roles, self.layout, share)
+        self.model = module.load(swept, dtype=dtype)
         held = self.model.model_dtype
         pages = max(1, pool_bytes // (self.layout.page * held.itemsize))
         self.memory = Memory(Pool(pages, self.layout.page, held), self.layout)
@@ -97,6 +107,9 @@ class Engine:
     def release(self, sequence: Sequence) -> None:
         """Done with a request."""
         self.memory.release(sequence.owner, sequence.packed)
+
+    def stop(self) -> None:
+        """Nobody asks any more."""
 
     @torch.inference_mode()
     def step(self, pieces: list[Piece]) -> dict[str, torch.Tensor]:
@@ -128,6 +141,17 @@ class Engine:
         if missing > 0:
             taken = self.memory.grow(sequence.owner, missing * width)
             sequence.pages += [taken[start : start + width] for start in range(0, len(taken), width)]
+
+
+def _check_shared(base: Graph, targets: str) -> None:
+    if targets != "*":
+        raise UsageError(
+            f"the targets are {targets}", "--tensor-parallel", "every linear takes part: leave --targets out"
+        )
+    quantised = next((spec.held for spec in base.tensors.values() if spec.held is not None), None)
+    if quantised is not None:
+        what = "weights in codes are not split over processes"
+        raise UnsupportedError(what, quantised.owner, "leave --quantise out, or serve it in one process")
 
 
 def _layout(base: Graph, linears: tuple[Site, ...], step: Any) -> Layout:

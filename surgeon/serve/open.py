@@ -15,6 +15,7 @@ from surgeon.graph import Graph
 from surgeon.passes import parse
 from surgeon.passes.base import Adapter
 from surgeon.serve.engine import Engine
+from surgeon.serve.partition import Share
 from surgeon.serve.registry import Registry
 from surgeon.serve.scheduler import Limits
 from surgeon.serve.server import Options, Server
@@ -36,6 +37,7 @@ def open_server(
     deterministic: bool = False,
     targets: str = "*",
     block: int = 0,
+    share: Share | None = None,
 ) -> Server:
     """A server for a base model, not started yet.
 
@@ -51,6 +53,7 @@ def open_server(
         deterministic: whether answers have the same bits whatever else is asked.
         targets: the linears that adapters may change.
         block: tokens per page, 0 for what fits the model.
+        share: the first of several processes that share the model; the others `follow`.
 
     Raises:
         UsageError: the base or an adapter cannot be opened.
@@ -61,8 +64,9 @@ def open_server(
     if tokenizer is None:
         raise UsageError("there is no tokenizer", str(base), "put tokenizer.json beside the model")
     engine = engine_of(
-        graph, quantise, pool_bytes=pool_bytes, dtype=dtype, deterministic=deterministic, targets=targets, block=block
-    )
+        graph, quantise, pool_bytes=pool_bytes, dtype=dtype, deterministic=deterministic, targets=targets, block=block,
+        share=share,
+    )  # fmt: skip
     pages = engine.memory.pool.pages
     registry = Registry(engine.loader, reserved=options.names, host_bytes=host_bytes, page_limit=pages)
     for name, place in (adapters or {}).items():
@@ -76,7 +80,20 @@ def engine_of(graph: Graph, quantise: str = "", **options: Any) -> Engine:
     """The engine of a base, quantised first if asked for."""
     if any(isinstance(step, Adapter) for step in graph.applied):
         raise UsageError("this is an adapter", graph.source, "serve its base, and load it with --adapter NAME=FOLDER")
-    return Engine(run.apply(graph, parse(quantise)) if quantise else graph, **options)
+    graph = run.apply(graph, parse(quantise)) if quantise else graph
+    share = options.get("share")
+    if share is not None and share.rank == 0:
+        from surgeon.serve.parallel import Told
+
+        return Told(graph, **options)
+    return Engine(graph, **options)
+
+
+def follow(base: str | Path, quantise: str = "", **options: Any) -> None:
+    """Be one of the other processes of a server, with the options of `engine_of`, until the first one stops."""
+    from surgeon.serve.parallel import Follower
+
+    Follower(engine_of(api.read(base, "causal-lm"), quantise, **options)).run()
 
 
 def named(given: Sequence[str]) -> dict[str, str]:

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from surgeon.errors import SurgeonError
 from surgeon.normal import Columns
 from surgeon.serve.pool import pages_for
 
 # Columns of a site's line in an adapter's table: row numbers, −1 for none.
-FIRST_A, FIRST_B, RANK, LOW, OUT, INPUT, OUTPUT, BIAS, BANKED = range(9)
-WIDTH = 9
+FIRST_A, FIRST_B, RANK, LOW, OUT, INPUT, OUTPUT, BIAS, BANKED, PARTS = range(10)
+WIDTH = 10
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,15 @@ class Packed:
         key: names it.
         rows: width → its rows `[n, width]`, in the pool's dtype; widest first.
         table: a line per linear of the layout, int64 `[linears, WIDTH]`: FIRST_A and FIRST_B (in the bank where BANKED)
-            are the first of RANK rows each, LOW, OUT, INPUT, OUTPUT and BIAS the rows of l, o, u, s and bias.
+            are the first of RANK rows each, LOW, OUT, INPUT, OUTPUT and BIAS the rows of l, o, u, s and bias. PARTS is
+            1, or the processes that share the rows of A: B has RANK rows for each of them (see `surgeon.serve.shards`).
         scales: `[linears]`.
         bank: the matrices it shares.
         columns: attention → learned keys and values.
         column_bias: attention → row of its columns' biases `[queries, p]`.
         virtual: rows that stand before the tokens, (first, count).
         shift: where the tokens' positions begin.
-        vocabulary: highest token id it can be used with, 0 for any.
+        whole: what it is a part of, where processes share it.
     """
 
     key: str
@@ -47,6 +49,7 @@ class Packed:
     column_bias: dict[int, int] = field(default_factory=dict)
     virtual: tuple[int, int] = (0, 0)
     shift: int = 0
+    whole: Packed | None = None
 
     @property
     def prefix(self) -> int:
@@ -62,7 +65,16 @@ class Packed:
     def nbytes(self) -> int:
         """Bytes of its numbers, those of its bank left out."""
         learned = [tensor for columns in self.columns.values() for tensor in (columns.k, columns.v)]
-        return sum(t.numel() * t.element_size() for t in (*self.rows.values(), *learned))
+        own = sum(t.numel() * t.element_size() for t in (*self.rows.values(), *learned))
+        return own + (self.whole.nbytes if self.whole is not None else 0)
+
+    def matrix(self, first: int, count: int) -> torch.Tensor:
+        """Rows by their number, `[count, width]`."""
+        for rows in self.rows.values():
+            if first < len(rows):
+                return rows[first : first + count]
+            first -= len(rows)
+        raise SurgeonError(f"{self.key} has no row {first}")
 
     def pages(self, page: int, block: int) -> int:
         """Pages it needs in the pool, those of its bank left out."""

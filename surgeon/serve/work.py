@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from surgeon.serve.packed import BIAS, FIRST_A, FIRST_B, INPUT, LOW, OUT, OUTPUT, RANK
+from surgeon.serve.packed import BIAS, FIRST_A, FIRST_B, INPUT, LOW, OUT, OUTPUT, PARTS, RANK
 
 MANY = 8
 """Tokens with the same rows from which two matrix products beat one product per row."""
@@ -22,7 +22,7 @@ class Group:
         a: rows of A in the pool's view of their width, `[r]`, or their slice where they are neighbours.
         b: rows of B.
         scale: of each token, `[n, 1]`.
-        rank: r.
+        rank: r, of B where processes share A.
     """
 
     tokens: slice
@@ -37,16 +37,20 @@ class Single:
     """Tokens that meet their rows one by one, as the rows of a sparse matrix.
 
     Attributes:
-        starts: where each token's rows begin, `[n + 1]`.
+        starts: where each token's rows of A begin, `[n + 1]`.
         a: rows of A, `[m]`.
-        b: rows of B, `[m]`.
         scale: of each, `[m]`.
+        up_starts: where its rows of B begin, `[n + 1]`.
+        b: rows of B, `[parts · m]`.
+        order: where processes share A: the products of each row of B among those of all processes, one after another.
     """
 
     starts: torch.Tensor
     a: torch.Tensor
-    b: torch.Tensor
     scale: torch.Tensor
+    up_starts: torch.Tensor
+    b: torch.Tensor
+    order: torch.Tensor | None
     _patterns: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def patterns(self, a_rows: int, b_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,7 +62,7 @@ class Single:
             count = len(self.starts) - 1
             self._patterns = (
                 _sparse(self.starts, self.a, self.scale, (count, a_rows)),
-                _sparse(self.starts, self.b, self.scale.clone(), (count, b_rows)),
+                _sparse(self.up_starts, self.b, self.scale.new_zeros(len(self.b)), (count, b_rows)),
             )
         return self._patterns
 
@@ -185,9 +189,9 @@ def _group(run: Run, runs: list[Run], lines: list[list[int]], weights: list[floa
     start, stop, owner = run
     scale = [weights[other] for a, b, other in runs if start <= a < stop for _ in range(a, b)]
     first_a, first_b, rank = lines[owner][FIRST_A], lines[owner][FIRST_B], lines[owner][RANK]
-    column = torch.tensor(scale, device=rows.device)[:, None]
-    a, b = (_neighbours(rows[first : first + rank]) for first in (first_a, first_b))
-    return Group(slice(start, stop), a, b, column, rank)
+    column, whole = torch.tensor(scale, device=rows.device)[:, None], rank * lines[owner][PARTS]
+    a, b = (_neighbours(rows[first : first + count]) for first, count in ((first_a, rank), (first_b, whole)))
+    return Group(slice(start, stop), a, b, column, whole)
 
 
 def _neighbours(rows: torch.Tensor) -> torch.Tensor | slice:
@@ -208,16 +212,28 @@ def _single(
     a: list[int] = []
     b: list[int] = []
     scale: list[float] = []
+    parts = max(lines[owner][PARTS] for *_, owner in runs)
     for start, stop, owner in runs:
         first_a, first_b, rank = lines[owner][FIRST_A], lines[owner][FIRST_B], lines[owner][RANK]
         for token in range(start, stop):
             ranks[token] = rank
             a += range(first_a, first_a + rank)
-            b += range(first_b, first_b + rank)
+            b += range(first_b, first_b + rank * parts)
             scale += [weights[owner]] * rank
     starts = torch.zeros(count + 1, dtype=torch.int64)
     torch.cumsum(torch.tensor(ranks), 0, out=starts[1:])
-    return Single(starts, rows[torch.tensor(a)], rows[torch.tensor(b)], torch.tensor(scale))
+    order = _order(ranks, parts, len(a)) if parts > 1 else None
+    wanted, given = rows[torch.tensor(a)], rows[torch.tensor(b)]
+    return Single(starts, wanted, torch.tensor(scale), starts * parts, given, order)
+
+
+def _order(ranks: list[int], parts: int, products: int) -> torch.Tensor:
+    """The products of a token by all processes, one process after the other, token after token."""
+    found, start = list[int](), 0
+    for rank in ranks:
+        found += [part * products + start + row for part in range(parts) for row in range(rank)]
+        start += rank
+    return torch.tensor(found)
 
 
 def _low(
@@ -225,13 +241,14 @@ def _low(
 ) -> tuple[Low, ...]:
     """The vectors l, rank by rank."""
     lonely = {token for a, b, _ in alone for token in range(a, b)}
-    starts = single.starts.tolist() if single is not None else []
+    starts = single.up_starts.tolist() if single is not None else []
     found: dict[int, list[tuple[int, int, int]]] = {}
     for a, b, owner in runs:
         if lines[owner][LOW] >= 0 and lines[owner][RANK]:
             for token in range(a, b):
                 place = starts[token] if token in lonely else -1
-                found.setdefault(lines[owner][RANK], []).append((token, lines[owner][LOW], place))
+                whole = lines[owner][RANK] * lines[owner][PARTS]
+                found.setdefault(whole, []).append((token, lines[owner][LOW], place))
     made = []
     for rank, listed in found.items():
         tokens, places, first = torch.tensor(listed, device=rows.device).unbind(1)

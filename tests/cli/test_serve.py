@@ -29,6 +29,7 @@ def test_sizes() -> None:
         (["--running", "0"], "--running is 0"),
         (["--adapters", "nowhere"], "there is no such folder"),
         (["--adapter", "poet"], "NAME=FOLDER"),
+        (["--tensor-parallel", "2"], "torchrun --nproc-per-node 2"),
         (["--dtype", "int3"], "--dtype is 'int3'"),
         (["--chat-template", "none.jinja"], "there is no such file"),
     ],
@@ -39,9 +40,13 @@ def test_bad_options(options: list[str], told: str, shared: Path, capsys: pytest
 
 
 @pytest.mark.slow
-def test_it_listens_and_stops(shared: Path, repo: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_it_listens_and_stops(shared: Path, repo: Path, processes: int) -> None:
     port = "18341"
-    command = [sys.executable, "-m", "surgeon", "serve", str(shared / "models" / "pystdlib-llama"), "--port", port]
+    start = [sys.executable]
+    start += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    command = [*start, "-m", "surgeon", "serve", str(shared / "models" / "pystdlib-llama"), "--port", port]
+    command += ["--tensor-parallel", str(processes)]
     process = subprocess.Popen([*command, "--pool", "64M"], cwd=repo, env={**os.environ, "SURGEON_API_KEY": "k"})
     try:
         for _ in range(300):

@@ -13,7 +13,7 @@ from surgeon import run
 from surgeon.passes import make
 from surgeon.serve.bypass import pooled_bypass, view
 from surgeon.serve.engine import Engine
-from surgeon.serve.packed import FIRST_A, FIRST_B, LOW, OUT, RANK, WIDTH, Packed
+from surgeon.serve.packed import FIRST_A, FIRST_B, LOW, OUT, PARTS, RANK, WIDTH, Packed
 from surgeon.serve.pool import Pool
 from surgeon.serve.sequence import Sequence
 
@@ -98,7 +98,7 @@ def test_ranks_of_all_sizes_in_one_batch(neighbours: bool, dtype: torch.dtype, b
     lines, rows, scales = [], [], []
     for number, rank in enumerate(ranks):
         line = [-1] * WIDTH
-        line[FIRST_A], line[FIRST_B], line[RANK] = len(rows), len(rows) + rank, rank
+        line[FIRST_A], line[FIRST_B], line[RANK], line[PARTS] = len(rows), len(rows) + rank, rank, 1
         for width in (inp, out):
             places = torch.randperm(60_000 // width - rank, generator=generator)
             rows += list(range(int(places[0]), int(places[0]) + rank)) if neighbours else places[:rank].tolist()
