@@ -13,6 +13,7 @@ import torch
 from benchmarks.zoo.folders import folder_of
 from surgeon.checkpoint import Checkpoint
 from surgeon.lower.onnx import export
+from surgeon.lower.onnx.files import FOLDER
 from surgeon.source import open_graph, open_source
 
 
@@ -57,3 +58,10 @@ def bound(tmp_path_factory: pytest.TempPathFactory) -> Bound:
         patch.setattr(Checkpoint, "read", counted)
         patch.setattr(export, "replay", replayed)
         return Bound(export.export_onnx(graph, root / "onnx"), snapshot, before)
+
+
+def traces(folder: Path) -> list[str]:
+    """Files of an export that tell where or by which source it was made; the checkpoint's own are not read."""
+    words = (b"/home", b"/tmp", b"site-packages", b".py", str(Path.cwd()).encode(), str(folder.parent).encode())
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != FOLDER]
+    return [f"{word!r} in {path.name}" for path in files for word in words if word in path.read_bytes()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from benchmarks.zoo.folders import base_of, folder_of, save_wide
 from benchmarks.zoo.graphs import randomised
 from surgeon import run
 from surgeon.checkpoint import Checkpoint
-from surgeon.errors import UsageError
+from surgeon.errors import SurgeonError, UsageError
 from surgeon.graph import Graph
 from surgeon.lower.onnx import bind, export
 from surgeon.lower.onnx.files import FOLDER
@@ -28,7 +29,7 @@ from surgeon.lower.onnx.own_file import DTYPES
 from surgeon.lower.onnx.profiles import PROFILES
 from surgeon.passes import make
 from surgeon.source import open_graph, open_source
-from tests.lower.onnx.conftest import Bound
+from tests.lower.onnx.conftest import Bound, traces
 
 ORT, WEB = PROFILES["ort"], PROFILES["web"]
 OWN = export.DATA
@@ -43,6 +44,10 @@ def test_nothing_is_read_and_nothing_is_written(bound: Bound) -> None:
     assert report.weights.bound == sizes
     own = sum(size for name, size in report.files.items() if not name.startswith(FOLDER))
     assert own < 200_000
+
+
+def test_no_file_tells_where_it_was_made(bound: Bound) -> None:
+    assert traces(bound.report.folder) == []
 
 
 def test_the_blob_is_linked_and_not_the_link(bound: Bound) -> None:
@@ -181,3 +186,20 @@ def test_over_another_file_system_the_files_are_copied_and_it_is_said(
 
 def _another_disk(*_: Any) -> None:
     raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files may grow to 64 KB: the system refuses what is longer while the weights are written."""
+    big = ir.tensor(np.zeros(1 << 18, np.float32), name="big")
+    value = ir.Value(name="big", shape=ir.Shape(big.shape), type=ir.TensorType(big.dtype), const_value=big)
+    graph = ir.Graph([], [], nodes=[], initializers=[value], opset_imports={"": 21}, name="model")
+    monkeypatch.setattr(export, "build", lambda *_, **__: ir.Model(graph, ir_version=10))
+    base = base_of("llama")[1]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    try:
+        with pytest.raises(SurgeonError, match="the disk is full"):
+            export.export_onnx(base, tmp_path / "onnx", weights="copy", verify=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []

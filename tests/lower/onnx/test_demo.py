@@ -19,9 +19,11 @@ from urllib.parse import quote
 import pytest
 
 import surgeon
+from benchmarks.zoo.oracles import nudged
 from surgeon.errors import UnsupportedError, UsageError
 from surgeon.lower.onnx import demo, web
 from surgeon.lower.onnx.profiles import PROFILES
+from surgeon.model import SurgeonModel
 
 NAMES = web.Layout("onnx/model.onnx", "onnx/model.onnx_data")
 PROMPT, TOKENS = "def load(", 8
@@ -102,11 +104,10 @@ def generated(page: str) -> dict[str, list[int]]:
     return {html.unescape(name): [int(token) for token in ids.split(",")] for name, ids in found}
 
 
-def greedy(folder: Path, prompt: str, count: int) -> list[int]:
-    """What transformers generates."""
-    model = surgeon.load(folder)
-    inputs = model.tokenizer(prompt, return_tensors="pt")
-    made = model.generate(**inputs, max_new_tokens=count, do_sample=False)[0].tolist()
+def greedy(model: SurgeonModel) -> list[int]:
+    """What torch generates."""
+    inputs = model.tokenizer(PROMPT, return_tensors="pt")
+    made = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[0].tolist()
     return [int(token) for token in made[inputs["input_ids"].shape[1] :]]
 
 
@@ -122,30 +123,33 @@ console.log(JSON.stringify(made.tolist()[0].slice(inputs.input_ids.dims[1]).map(
 """
 
 
-@pytest.fixture(scope="module")
-def shared_web(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shared Llama as a web export with its page; the page's runtime comes from npm."""
-    out = tmp_path_factory.mktemp("demo") / "web"
-    surgeon.export(shared / "models" / "pystdlib-llama", out, profile="web", demo=True)
-    return out
-
-
 @pytest.mark.slow
-def test_a_browser_generates_the_tokens_of_transformers(shared_web: Path, shared: Path, tmp_path: Path) -> None:
-    with served(shared_web) as url:
-        page = shown(f"{url}/#prompt={quote(PROMPT)}&tokens={TOKENS}", tmp_path)
+def test_a_browser_generates_with_every_adapter_what_torch_does(shared: Path, tmp_path: Path) -> None:
+    """The runtime comes from npm, the page from a plain file server, and nothing from anywhere else."""
+    base = shared / "models" / "pystdlib-llama"
+    expected = {"base": greedy(surgeon.load(base))}
+    for name, method, std in (("one", "lora", 0.1), ("two", "ia3", 0.5)):
+        model = nudged(surgeon.apply(base, method), std)
+        expected[name] = greedy(model)
+        model.save(tmp_path / name)
+    assert len({tuple(tokens) for tokens in expected.values()}) == 3
+    folders = [tmp_path / "one", tmp_path / "two"]
+    surgeon.export(base, tmp_path / "web", profile="web", adapters="slots", adapter=folders, demo=True)
+    with served(tmp_path / "web") as url:
+        page = shown(f"{url}/#prompt={quote(PROMPT)}&tokens={TOKENS}", tmp_path / "profile")
     assert '<p id="problem" role="alert"></p>' in page
-    assert generated(page) == {"base": greedy(shared / "models" / "pystdlib-llama", PROMPT, TOKENS)}
+    assert generated(page) == expected
 
 
 @pytest.mark.slow
-def test_transformers_js_generates_them_too(shared_web: Path, shared: Path, tmp_path: Path) -> None:
+def test_transformers_js_generates_what_torch_does(shared: Path, tmp_path: Path) -> None:
+    base = shared / "models" / "pystdlib-llama"
+    surgeon.export(base, tmp_path / "web", profile="web")
     subprocess.run(
         ["npm", "install", "--ignore-scripts", "--silent", "@huggingface/transformers@4.3.1"],
         cwd=tmp_path, check=True, capture_output=True, timeout=400,
     )  # fmt: skip
     (tmp_path / "run.mjs").write_text(NODE)
-    command = ["node", "run.mjs", str(shared_web), PROMPT, str(TOKENS)]
+    command = ["node", "run.mjs", str(tmp_path / "web"), PROMPT, str(TOKENS)]
     done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=400)
-    expected = greedy(shared / "models" / "pystdlib-llama", PROMPT, TOKENS)
-    assert json.loads(done.stdout.splitlines()[-1]) == expected
+    assert json.loads(done.stdout.splitlines()[-1]) == greedy(surgeon.load(base))

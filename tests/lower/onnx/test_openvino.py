@@ -12,6 +12,7 @@ import openvino
 from benchmarks.zoo.folders import base_of
 from surgeon.lower.onnx import export
 from surgeon.lower.onnx.session import left_padded, numbered
+from tests.lower.onnx.conftest import traces
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
 """Its default precision on CPUs with half-precision arithmetic is off by 3e-3."""
@@ -44,6 +45,7 @@ def test_the_tokens_are_those_of_the_replay(tmp_path: Path) -> None:
     assert report.replay is not None
     file = report.folder / export.MODEL
     assert {node.domain for node in ir.load(file).graph} == {""}
+    assert traces(report.folder) == []
     model = openvino.Core().compile_model(str(file), "CPU", EXACT)
     for batch in report.replay.batches:
         tokens, best = generated(model, batch.prompts, report.replay.steps)
