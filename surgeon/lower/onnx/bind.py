@@ -55,13 +55,14 @@ class Placed:
     written: int = 0
 
 
-def choose(wanted: str, profile: Profile, graph: Graph, parent: Path) -> tuple[str, str]:
+def choose(wanted: str, profile: Profile, graph: Graph, dtype: torch.dtype, parent: Path) -> tuple[str, str]:
     """The form, and why it is that one.
 
     Args:
         wanted: one of the two, or "" for bind where that is possible and most of the model is the checkpoint's own.
         profile: what the export is made for.
         graph: the graph in its final form.
+        dtype: of the export's arithmetic.
         parent: the folder that the export will be in.
 
     Raises:
@@ -71,7 +72,7 @@ def choose(wanted: str, profile: Profile, graph: Graph, parent: Path) -> tuple[s
         raise UsageError(f"no form of weights {wanted}", "--weights", f"did you mean {nearest(wanted, FORMS)}?")
     if wanted == COPY:
         return COPY, ""
-    reason, files = _unbound(profile, graph)
+    reason, files = _unbound(profile, graph, dtype)
     if wanted == BIND:
         if reason:
             raise UsageError(f"no weight can be bound: {reason}", "--weights bind", "--weights copy writes them")
@@ -172,22 +173,22 @@ def _attach(model: ir.Model, value: ir.Value, info: TensorInfo, location: str, f
     model.graph.register_initializer(source)
 
 
-def _unbound(profile: Profile, graph: Graph) -> tuple[str, list[Path]]:
+def _unbound(profile: Profile, graph: Graph, dtype: torch.dtype) -> tuple[str, list[Path]]:
     """Why no weight can be bound, or "" and the checkpoint's files."""
     if profile.package == "transformers.js":
         return f"the profile {profile.name} has one file of data beside each model", []
     total, bound, files = 0, 0, dict[Path, None]()
     for name, spec in graph.resident().items():
         info = stored(graph, name) if spec.persistent or spec.owner else None
-        size = info.nbytes if info is not None else spec.count * 4
-        total += size
-        if info is not None:
-            bound += size
+        total += info.nbytes if info is not None else spec.count * dtype.itemsize
+        wide = spec.dtype or dtype
+        if info is not None and (is_bindable(info.dtype, wide) or not wide.is_floating_point):
+            bound += info.nbytes
             files[info.file] = None
     if not bound:
-        return "the model was not read from a checkpoint" if not graph.source else "none is stored as it is read", []
+        return "none is in a checkpoint as the graph reads it", []
     if 2 * bound < total:
-        return "most of them are merged or converted, and not the checkpoint's own", list(files)
+        return "most of them are merged or converted, and not the checkpoint's own bytes", list(files)
     return "", list(files)
 
 

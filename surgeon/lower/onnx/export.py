@@ -170,7 +170,7 @@ def export_onnx(
         standard = replace(made_for, attention=STANDARD)
         final = run.apply(apart.slotted(plain, standard, targets, adapters), make("kv_cache"))
     record = apart.manifest(final, plain, made_for, dtype) if swapped else {}
-    form, note = choose(weights, made_for, plain, Path(out).absolute().parent)
+    form, note = choose(weights, made_for, plain, dtype, Path(out).absolute().parent)
     model = build(final, dtype, four_bit, made_for, turn=form == COPY)
     names = layout(made_for, precision)
     if made_for.package == web.PACKAGE:

@@ -31,7 +31,7 @@ from surgeon.passes import make
 from surgeon.source import open_graph, open_source
 from tests.lower.onnx.conftest import Bound, traces
 
-ORT, WEB = PROFILES["ort"], PROFILES["web"]
+ORT, WEB, FP32 = PROFILES["ort"], PROFILES["web"], torch.float32
 OWN = export.DATA
 
 
@@ -157,18 +157,21 @@ def test_the_form_is_chosen_by_what_the_runtime_and_the_disk_allow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph = base_of("llama")[1]
-    assert bind.choose("", ORT, graph, tmp_path / "not" / "there") == ("bind", "")
+    assert bind.choose("", ORT, graph, FP32, tmp_path / "not" / "there") == ("bind", "")
     assert list(tmp_path.iterdir()) == []
-    assert bind.choose("copy", ORT, graph, tmp_path) == ("copy", "")
-    form, why = bind.choose("", WEB, graph, tmp_path)
+    assert bind.choose("copy", ORT, graph, FP32, tmp_path) == ("copy", "")
+    form, why = bind.choose("", WEB, graph, FP32, tmp_path)
     assert form == "copy"
     assert "the profile web" in why
     with pytest.raises(UsageError, match="no weight can be bound: the profile web"):
-        bind.choose("bind", WEB, graph, tmp_path)
+        bind.choose("bind", WEB, graph, FP32, tmp_path)
+    form, why = bind.choose("", ORT, graph, torch.float16, tmp_path)
+    assert form == "copy"
+    assert "none is in a checkpoint as the graph reads it" in why
     with pytest.raises(UsageError, match="no form of weights bindd"):
-        bind.choose("bindd", ORT, graph, tmp_path)
+        bind.choose("bindd", ORT, graph, FP32, tmp_path)
     monkeypatch.setattr(os, "link", _another_disk)
-    form, why = bind.choose("", ORT, graph, tmp_path)
+    form, why = bind.choose("", ORT, graph, FP32, tmp_path)
     assert form == "copy"
     assert "model.safetensors cannot be linked to" in why
 

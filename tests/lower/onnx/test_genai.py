@@ -16,6 +16,7 @@ from surgeon.errors import UnsupportedError
 from surgeon.graph import Graph
 from surgeon.lower.onnx import export, genai
 from surgeon.passes import make
+from tests.lower.onnx.conftest import traces
 
 MESSAGES = [{"role": "user", "content": "def add(a, b):"}]
 
@@ -57,6 +58,11 @@ def test_it_generates_the_tokens_of_torch(llama: export.OnnxReport) -> None:
     prompt, expected = replayed(llama)
     assert llama.attention == "gqa"
     assert generated(llama.folder, prompt, len(expected)) == expected
+
+
+def test_weights_are_bound_and_no_file_tells_where_it_was_made(llama: export.OnnxReport) -> None:
+    assert llama.weights.form == "bind"
+    assert traces(llama.folder) == []
 
 
 def test_the_config_shares_the_cache_and_tells_nothing_else(llama: export.OnnxReport) -> None:
