@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -29,8 +30,27 @@ Tensors = dict[str, torch.Tensor]
 
 
 def base_of(graph: Graph) -> Graph:
-    """The graph without its adapters, its codes kept."""
-    return without(graph, {owner for owner, step in owners(graph.applied).items() if not isinstance(step, Quantiser)})
+    """The graph without its adapters, its codes kept.
+
+    Raises:
+        UnsupportedError: an adapter has a tensor that the base has not, or has changed the base's codes.
+    """
+    _check_codes(graph)
+    steps = owners(graph.applied)
+    result = without(graph, {owner for owner, step in steps.items() if not isinstance(step, Quantiser)})
+    for name in _biases(graph):
+        if name not in graph.values:
+            raise UnsupportedError(f"{name} was trained, and the base has none", graph.source, _MERGE)
+        result.inserted.pop(name, None)
+        result.tensors[name] = dataclasses.replace(result.tensors[name], trainable=False)
+    return result
+
+
+def _check_codes(graph: Graph) -> None:
+    moved = [step.name for step in graph.applied if getattr(step, "recodes", False)]
+    if moved:
+        what = f"{moved[0]} changed the codes of the base, which adapters in slots share"
+        raise UnsupportedError(what, graph.source, _MERGE)
 
 
 def described(graph: Graph) -> dict[str, Any]:
@@ -69,6 +89,7 @@ def compiled(graph: Graph, record: Mapping[str, Any], where: str = "") -> Tensor
         UsageError: the adapter was made for another base.
     """
     check_base(graph, record, where)
+    _check_codes(graph)
     biases = _biases(graph)
     plain = as_columns(finalise(graph, lambda kept: kept))
     found: dict[str, list[Fold]] = {}

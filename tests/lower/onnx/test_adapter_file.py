@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 
 from benchmarks.zoo.folders import base_of, folder_of
 from benchmarks.zoo.graphs import randomised
-from surgeon import run
-from surgeon.errors import UnsupportedError, UsageError
+from surgeon import fold, run
+from surgeon.errors import CheckFailed, UnsupportedError, UsageError
 from surgeon.graph import Graph
 from surgeon.lower.onnx import adapter_file, adapter_slots, adapters, check, export
 from surgeon.passes import make
+from surgeon.replaced import Held
 from surgeon.stream import StreamingExecutor
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -182,6 +184,39 @@ def test_parts_without_a_slot_are_named(record: dict[str, Any]) -> None:
         adapter_slots.compiled(run.apply(base, make("prefix", tokens=2, init="gated")), record)
     with pytest.raises(UsageError, match="no adapter"):
         adapter_slots.compiled(base, record)
+
+
+def test_an_adapter_that_computes_something_else_leaves_nothing(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = base_of("llama")[1]
+    monkeypatch.setattr(export, "build", lambda *_, **__: ir.load(exported / export.MODEL))
+    monkeypatch.setattr(
+        adapters, "compiled", lambda *given: {k: v * 2 for k, v in adapter_slots.compiled(*given).items()}
+    )
+    options: dict[str, Any] = {"prefix_slots": True, "adapters": "slots", "weights": "copy"}
+    with pytest.raises(CheckFailed, match="with the adapter mine") as failed:
+        export.export_onnx(graph, tmp_path / "onnx", given={"mine": adapted("dora")}, **options)
+    assert failed.value.exit_code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_trained_biases_are_the_adapter_s() -> None:
+    """What trains with an adapter is not the base's; of a bias a slot holds what it is more."""
+    base = base_of("gpt2")[1]
+    graph = run.apply(base, make("lora", targets="c_attn", bias="sites"))
+    name = "transformer.h.0.attn.c_attn.bias"
+    graph.inserted[name] = Held(base.values[name] + 1)
+    assert torch.equal(fold.value_of(adapter_slots.base_of(graph), name), base.values[name])
+    record = {
+        "base": adapter_slots.described(base),
+        "slots": {"inputs": {f"{name.removesuffix('bias')}lora_A": []}, "prefix": "none", "dtype": "float32"},
+    }
+    with pytest.raises(UnsupportedError, match=r"h\.1\.attn\.c_attn"):
+        adapter_slots.compiled(graph, record)
+    record["slots"]["inputs"] = {f"transformer.h.{i}.attn.c_attn.lora_A": [] for i in range(4)}
+    shift = adapter_slots.compiled(graph, record)[f"{name.removesuffix('bias')}out_shift"]
+    assert torch.allclose(shift, torch.ones_like(shift), atol=1e-6)
 
 
 def test_another_base_is_refused(record: dict[str, Any]) -> None:
