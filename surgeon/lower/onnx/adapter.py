@@ -12,7 +12,7 @@ import torch
 from surgeon import api
 from surgeon.errors import SurgeonError, UsageError
 from surgeon.graph import Graph
-from surgeon.lower.onnx import adapter_file
+from surgeon.lower.onnx import adapter_file, adapter_stack
 from surgeon.lower.onnx.adapter_slots import compiled
 from surgeon.lower.onnx.adapters import arrays, read
 from surgeon.lower.onnx.check import Replay, replay
@@ -72,7 +72,7 @@ def compile_file(
     graphs = {str(folder): read(folder, base, rank, codes) for folder in folders}
     parts = {name: arrays(compiled(graph, record, name)) for name, graph in graphs.items()}
     stack = record["slots"]["form"] == "stacked"
-    tensors = adapter_file.stacked([*parts.values()], record) if stack else _together(parts)
+    tensors = adapter_stack.stacked([*parts.values()], record) if stack else _together(parts)
     adapter_file.check(tensors, record, str(path))
     checked = []
     if verify and (stack or len(graphs) == 1):

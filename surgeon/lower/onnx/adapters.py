@@ -13,7 +13,7 @@ import torch
 from surgeon import api, peft_files, peft_load, run, store
 from surgeon.errors import SurgeonError, UnsupportedError, UsageError, nearest
 from surgeon.graph import Graph, val
-from surgeon.lower.onnx import adapter_file, slots
+from surgeon.lower.onnx import adapter_file, adapter_stack, slots
 from surgeon.lower.onnx.adapter_file import Loaded
 from surgeon.lower.onnx.adapter_slots import Tensors, compiled, described
 from surgeon.lower.onnx.check import Replay
@@ -138,7 +138,7 @@ def put(given: Mapping[str, Graph], record: Mapping[str, Any], folder: Path, che
     for name, graph in given.items():
         tensors = arrays(compiled(graph, record, name))
         stack = record["slots"]["form"] == STACKED
-        tensors = adapter_file.stacked([tensors], record) if stack else tensors
+        tensors = adapter_stack.stacked([tensors], record) if stack else tensors
         (folder / FOLDER).mkdir(exist_ok=True)
         file = folder / FOLDER / f"{name}{suffix}"
         size = adapter_file.write(tensors, record, file)

@@ -13,7 +13,7 @@ from benchmarks.zoo.graphs import randomised
 from surgeon import run
 from surgeon.errors import UnsupportedError
 from surgeon.graph import Graph
-from surgeon.lower.onnx import adapter_file, adapter_slots, adapters, check, export
+from surgeon.lower.onnx import adapter_file, adapter_slots, adapter_stack, adapters, check, export
 from surgeon.passes import make
 from tests.lower.onnx.test_adapter_file import expected_of, prompt
 
@@ -37,7 +37,7 @@ def test_each_row_is_its_own_adapter(tmp_path: Path) -> None:
     record, graphs = adapter_file.read_export(out), adapted()
     parts = [adapters.arrays(adapter_slots.compiled(graph, record)) for graph in graphs]
     file = tmp_path / "stack.safetensors"
-    adapter_file.write(adapter_file.stacked(parts, record), record, file)
+    adapter_file.write(adapter_stack.stacked(parts, record), record, file)
     loaded = adapter_file.load(file, out)
     session = check.open_session(out / "model.onnx")
     order = (2, 0, 3, 1, 2)
