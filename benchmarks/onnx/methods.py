@@ -80,7 +80,9 @@ def cells_of(family: str, profile: str) -> dict[str, Cell]:
             options: dict[str, Any] = {"profile": profile, "adapters": "slots"}
             out = export.export_onnx(base_of(family), Path(place, "slots"), **options).folder
         except SurgeonError as error:
-            return {method: _cell(lambda m=method: _merged(family, m, profile), error.what) for method in METHODS}
+            return {
+                method: _cell(functools.partial(_merged, family, method, profile), error.what) for method in METHODS
+            }
         record = adapter_file.read_export(out)
         return {method: _swapped_or_merged(family, method, profile, out, record) for method in METHODS}
 

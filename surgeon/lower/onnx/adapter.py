@@ -69,28 +69,30 @@ def compile_file(
     path = Path(out) if out is not None else Path(f"{Path(folders[0]).absolute().name}{suffix}")
     adapter_file.form(path)
     codes = tuple(record["base"]["codes"])
-    graphs = {str(folder): read(folder, base, rank, codes) for folder in folders}
-    parts = {name: arrays(compiled(graph, record, name)) for name, graph in graphs.items()}
+    graphs = [read(folder, base, rank, codes) for folder in folders]
+    parts = [arrays(compiled(graph, record, str(folder))) for folder, graph in zip(folders, graphs, strict=True)]
     stack = record["slots"]["form"] == "stacked"
-    tensors = adapter_stack.stacked([*parts.values()], record) if stack else _together(parts)
+    tensors = adapter_stack.stacked(parts, record) if stack else _together(folders, parts)
     adapter_file.check(tensors, record, str(path))
     checked = []
     if verify and (stack or len(graphs) == 1):
         fed = adapter_file.as_loaded(tensors, record)
-        for number, graph in enumerate(graphs.values(), start=1):
+        for number, graph in enumerate(graphs, start=1):
             given = replace(fed, ids=(number,)) if stack else fed
             checked.append(_replayed(graph, Path(export), given, record))
             checked[-1].require(str(path))
     size = adapter_file.write(tensors, record, path)
-    steps = [step.spec() for graph in graphs.values() for step in graph.applied if isinstance(step, Adapter)]
+    steps = [step.spec() for graph in graphs for step in graph.applied if isinstance(step, Adapter)]
     return Compiled(path, size, len(tensors), tuple(steps), tuple(checked))
 
 
-def _together(parts: dict[str, dict[str, adapter_file.Array]]) -> dict[str, adapter_file.Array]:
+def _together(
+    folders: Sequence[str | Path], parts: Sequence[dict[str, adapter_file.Array]]
+) -> dict[str, adapter_file.Array]:
     """Adapters side by side: each slot is one's."""
     found: dict[str, adapter_file.Array] = {}
-    owner: dict[str, str] = {}
-    for name, tensors in parts.items():
+    owner: dict[str, str | Path] = {}
+    for name, tensors in zip(folders, parts, strict=True):
         taken = next((slot for slot in tensors if slot in found), None)
         if taken is not None:
             what = f"two adapters claim the slot {taken}"
