@@ -104,10 +104,12 @@ def verify(folder: Path) -> Verified:
     results = [_forced(session, b, bound, slots) if decodes else _once(session, b, pad) for b in verified["batches"]]
     for adapter in record.get("adapters", ()):
         results += _adapted(session, folder, adapter, record)
+    replayed = [verified, *(adapter["verified"] or {"batches": ()} for adapter in record.get("adapters", ()))]
     errors, agreements = ([result[place] for result in results] for place in (0, 1))
     return Verified(
-        float(np.max(errors)), bound, float(np.mean(agreements)), sum(len(b["prompts"]) for b in verified["batches"]),
-        len(record["files"]), {"onnxruntime": onnxruntime.__version__, "numpy": np.__version__},
+        float(np.max(errors)), bound, float(np.mean(agreements)),
+        sum(len(batch["prompts"]) for one in replayed for batch in one["batches"]), len(record["files"]),
+        {"onnxruntime": onnxruntime.__version__, "numpy": np.__version__},
         time.perf_counter() - began,
     )  # fmt: skip
 
