@@ -1,13 +1,13 @@
 """A server under everything at once: many clients, some of whom leave, adapters that come and go, corrupt ones too.
 
     python -m benchmarks.serving.soak                                  # 20 minutes, 200 clients
-    python -m benchmarks.serving.soak --minutes 0.5 --clients 8
+    python -m benchmarks.serving.soak --minutes 0.5 --clients 8 --out /tmp/soak.json
 
 `surgeon serve` runs in a process of its own over ../shared/models/pystdlib-llama, with adapters of six methods. Every
 complete greedy answer is compared with what the adapter's own folder gave before the soak; a difference counts as wrong
 unless the two likeliest tokens of the reference, where the texts part, are within 1e-3. At the end the pool has to be
 empty but for idle adapters, and the resident size, once it has levelled off (after the first third), must not grow by
-more than 5 %.
+more than 5 %. What was seen so far is written every half minute, and the resident size plotted at the end.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def right(text: str, expected: list[tuple[str, float]]) -> bool:
 class Soak:
     """The clients, and what they have seen."""
 
-    def __init__(self, root: Path, folders: dict[str, Path], wanted: Any, seconds: float) -> None:
+    def __init__(self, root: Path, folders: dict[str, Path], wanted: Any, seconds: float, out: Path) -> None:
+        self.out = out
         self.root, self.folders, self.wanted, self.seen = root, folders, wanted, Counter[str]()
         self.end = time.monotonic() + seconds
         self.wrong: list[str] = []
@@ -181,6 +182,14 @@ class Soak:
         if answer.status_code != status:
             self.wrong.append(f"{answer.request.url.path}: {answer.status_code} {answer.text[:200]}")
 
+    def note(self, sizes: list[tuple[float, int]]) -> None:
+        """Progress, for whoever waits."""
+        left = max(0.0, self.end - time.monotonic()) / 60
+        found = {"minutes left": left, "seen": dict(self.seen), "wrong": self.wrong[:20], "resident": sizes[-1][1]}
+        print(json.dumps(found), flush=True)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.with_suffix(".progress.json").write_text(json.dumps(found) + "\n")
+
     async def run(self, clients: int, process: int) -> list[tuple[float, int]]:
         """Everything at once; returns (time, resident bytes) of the server."""
         sizes: list[tuple[float, int]] = []
@@ -188,6 +197,8 @@ class Soak:
         async def watch() -> None:
             while time.monotonic() < self.end:
                 sizes.append((time.monotonic(), resident(process)))
+                if len(sizes) % 30 == 0:
+                    self.note(sizes)
                 await asyncio.sleep(1)
 
         await asyncio.gather(watch(), self.churn(), *(self.ask(number) for number in range(clients)))
@@ -205,12 +216,27 @@ def resident(process: int) -> int:
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def plot(watched: list[tuple[float, int]], file: Path) -> None:
+    """The server's resident size over time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 3.2))
+    axis.plot([(when - watched[0][0]) / 60 for when, _ in watched], [size / 2**20 for _, size in watched])
+    axis.set(xlabel="minutes", ylabel="resident, MiB", ylim=(0, None))
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, metadata={"Date": None})
+
+
 def main() -> None:
     """Run, print, exit with 1 for any wrong answer, leak or crash."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--clients", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "serving_soak.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "soak.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
@@ -232,6 +258,7 @@ def main() -> None:
     print(json.dumps(found, indent=1))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(found, indent=1) + "\n")
+    given.out.with_suffix(".progress.json").unlink(missing_ok=True)
     sys.exit(bool(found["wrong"] or found["crashed"] or found["grown"] > 1.05))
 
 
@@ -243,8 +270,10 @@ async def soak(root: Path, folders: Any, wanted: Any, given: Any, process: int) 
                 if (await client.get("/health")).status_code == 200:
                     break
             await asyncio.sleep(0.2)
-    run = Soak(root, folders, wanted, given.minutes * 60)
-    sizes = [size for _, size in await run.run(given.clients, process)]
+    run = Soak(root, folders, wanted, given.minutes * 60, given.out)
+    watched = await run.run(given.clients, process)
+    plot(watched, given.out.with_suffix(".svg"))
+    sizes = [size for _, size in watched]
     third = max(1, len(sizes) // 3)
     middle, last = sorted(sizes[third : 2 * third]), sorted(sizes[-third:])
     return {

@@ -1,7 +1,10 @@
 """Throughput, first-token latency and SLO attainment against the number of adapters, on the paper's synthetic traces.
 
-    python -m benchmarks.serving.traces                                # 5 to 2,000 adapters, about 40 minutes
-    python -m benchmarks.serving.traces --adapters 2,6 --seconds 5 --rate 2
+    python -m benchmarks.serving.traces                                # 5 to 2,000 adapters, about 25 minutes
+    python -m benchmarks.serving.traces --adapters 2,6 --seconds 5 --rate 2 --out /tmp/traces.json
+
+Every row is measured in a process of its own and saved at once; started again with the same options, it goes on with
+the rows that are missing. `--folder` keeps the adapters (2,000 of them: 2.6 GB) from one run to the next.
 
 Base: ../shared/models/pystdlib-llama; LoRA of ranks 8, 16, 32 and 64 in turn on q, k, v and o, in folders on disk.
 Traces (Sheng et al. 2023, §7.1, and their code; methods.md §11): `code`, one Gamma process of rate R and coefficient of
@@ -9,15 +12,19 @@ variation cv for all requests, adapters floor(n · u) with u of density α u^(α
 for every adapter, rates following a power law of exponent α. Prompts and answers have U[8, 64] tokens (the paper: 512).
 
 Throughput counts requests that ended, over the whole run; latency is from arrival to the first token; a request attains
-the SLO if its first token comes within `--slo` seconds. Memory is the peak resident size.
+the SLO if its first token comes within `--slo` seconds. Memory is the resident size, read every half second: what it is
+when the first quarter of the trace has come, at the end, and at most.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import contextlib
 import json
+import multiprocessing
+import os
 import random
-import resource
 import tempfile
 import threading
 import time
@@ -27,6 +34,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.serving.soak import resident
 from benchmarks.train_step import SMALL
 
 RANKS = (8, 16, 32, 64)
@@ -73,16 +81,19 @@ def make_adapters(folder: Path, count: int) -> list[Path]:
     from surgeon.passes.base import Adapter
     from surgeon.replaced import Held
 
-    base, generator = api.read(SMALL, "causal-lm"), torch.Generator().manual_seed(0)
+    base = api.read(SMALL, "causal-lm")
     graphs = {rank: run.apply(base, make("lora", rank=rank, targets="*.{q,k,v,o}_proj")) for rank in RANKS}
     places = []
     for number in range(count):
+        places.append(folder / f"a{number}")
+        values = torch.Generator().manual_seed(number)
+        if (places[-1] / "adapter_model.safetensors").exists():
+            continue
         graph = graphs[RANKS[number % len(RANKS)]].copy()
         for name in graph.trainable():
-            graph.inserted[name] = Held(torch.randn(graph.tensors[name].shape, generator=generator) * 0.02)
+            graph.inserted[name] = Held(torch.randn(graph.tensors[name].shape, generator=values) * 0.02)
         step = graph.applied[-1]
         assert isinstance(step, Adapter)
-        places.append(folder / f"a{number}")
         peft_files.write_adapter(graph, "lora", step, places[-1])
     return places
 
@@ -132,12 +143,16 @@ def replay(arrivals: list[Arrival], service: Any, registry: Any, slo: float) -> 
         service.submit(made)
 
     start, steps, busy = time.monotonic(), service.counters.steps, service.counters.busy
+    sizes: list[int] = []
+    watcher = threading.Thread(target=watch, args=(sizes, over), daemon=True)
+    watcher.start()
     with ThreadPoolExecutor(1) as readers:
         for arrival in arrivals:
             time.sleep(max(0.0, start + arrival.when - time.monotonic()))
             readers.submit(send, arrival, start + arrival.when)
     over.wait()
     took = time.monotonic() - start
+    watcher.join()
     waits = sorted(request.first - request.arrived for request in done)
     return {
         "requests": len(done),
@@ -151,19 +166,39 @@ def replay(arrivals: list[Arrival], service: Any, registry: Any, slo: float) -> 
         "steps": service.counters.steps - steps,
         "busy": service.counters.busy - busy,
         "evictions": service.engine.memory.evictions,
-        "peak memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "resident, a quarter in": sizes[len(sizes) // 4],
+        "resident, at the end": sizes[-1],
+        "resident, most": max(sizes),
     }
 
 
+def watch(sizes: list[int], over: threading.Event) -> None:
+    """The resident size of this process, until it is over."""
+    sizes.append(resident(os.getpid()))
+    while not over.wait(0.5):
+        sizes.append(resident(os.getpid()))
+
+
+def row(kind: str, count: int, folder: str, given: argparse.Namespace) -> dict[str, Any]:
+    """One trace over so many adapters, in this process."""
+    torch.set_num_threads(1)
+    service, registry = served([Path(folder) / f"a{i}" for i in range(count)], given.pool, given.running)
+    arrivals = trace(kind, count, given.rate, given.seconds, given.alpha, given.cv)
+    found = replay(arrivals, service, registry, given.slo)
+    service.stop()
+    return {"trace": kind, "adapters": count, **found}
+
+
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Throughput, first-token latency and SLO attainment against the number of adapters."""
+    """Throughput, first-token latency, SLO attainment and memory against the number of adapters."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.4))
-    for axis, key in zip(axes, ("throughput", "first token, mean", "SLO attainment"), strict=True):
+    keys = ("throughput", "first token, mean", "SLO attainment", "resident, most")
+    figure, axes = pyplot.subplots(1, len(keys), figsize=(4 * len(keys), 3.4))
+    for axis, key in zip(axes, keys, strict=True):
         for kind in dict.fromkeys(row["trace"] for row in rows):
             chosen = [row for row in rows if row["trace"] == kind]
             axis.plot([row["adapters"] for row in chosen], [row[key] for row in chosen], marker="o", label=kind)
@@ -171,6 +206,29 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         axis.legend()
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None})
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each trace: throughput and memory with the most adapters over those with the fewest."""
+    found = {}
+    for kind in dict.fromkeys(row["trace"] for row in rows):
+        chosen = sorted((row for row in rows if row["trace"] == kind), key=lambda row: int(row["adapters"]))
+        least, most = chosen[0], chosen[-1]
+        found[kind] = {
+            "adapters": [least["adapters"], most["adapters"]],
+            "throughput, most / fewest": most["throughput"] / least["throughput"],
+            "memory, most / fewest": most["resident, most"] / least["resident, most"],
+            "memory over the run, most": most["resident, at the end"] / most["resident, a quarter in"],
+        }
+    return found
+
+
+def save(out: Path, options: dict[str, str], rows: list[dict[str, Any]]) -> None:
+    """Everything so far."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    found = {"options": options, "rows": rows, "summary": summary(rows)}
+    out.write_text(json.dumps(found, indent=1) + "\n")
+    plot(rows, out.with_suffix(".svg"))
 
 
 def main() -> None:
@@ -185,23 +243,28 @@ def main() -> None:
     parser.add_argument("--slo", type=float, default=6.0)
     parser.add_argument("--pool", type=int, default=256 << 20)
     parser.add_argument("--running", type=int, default=32)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "serving_traces.json")
+    parser.add_argument("--folder", type=Path, help="where the adapters are kept; a temporary one if not given")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "traces.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    numbers, rows = [int(n) for n in given.adapters.split(",")], []
-    with tempfile.TemporaryDirectory() as scratch:
-        places = make_adapters(Path(scratch), max(numbers))
-        for kind in given.traces.split(","):
-            for count in numbers:
-                service, registry = served(places[:count], given.pool, given.running)
-                arrivals = trace(kind, count, given.rate, given.seconds, given.alpha, given.cv)
-                found = replay(arrivals, service, registry, given.slo)
-                service.stop()
-                rows.append({"trace": kind, "adapters": count, "pool": given.pool, **found})
-                print(json.dumps(rows[-1]), flush=True)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps({"options": {k: str(v) for k, v in vars(given).items()}, "rows": rows}, indent=1))
-    plot(rows, given.out.with_suffix(".svg"))
+    apart = ("adapters", "traces", "folder", "out")
+    options = {k: str(v) for k, v in vars(given).items() if k not in apart}
+    known = json.loads(given.out.read_text()) if given.out.exists() else {}
+    rows: list[dict[str, Any]] = known["rows"] if known.get("options") == options else []
+    done = {(row["trace"], row["adapters"]) for row in rows}
+    wanted = [(kind, int(n)) for kind in given.traces.split(",") for n in given.adapters.split(",")]
+    with contextlib.ExitStack() as stack:
+        folder = given.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        make_adapters(folder, max(count for _, count in wanted))
+        workers = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
+        stack.enter_context(workers)
+        for kind, count in wanted:
+            if (kind, count) in done:
+                continue
+            rows.append(workers.submit(row, kind, count, str(folder), given).result())
+            print(json.dumps(rows[-1]), flush=True)
+            save(given.out, options, rows)
+    print(json.dumps(summary(rows), indent=1))
 
 
 if __name__ == "__main__":
