@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
     from surgeon.lower.onnx.bind import Placed
     from surgeon.lower.onnx.export import OnnxReport
+    from surgeon.lower.onnx.precision import Linear
 
 
 def command(
@@ -25,7 +28,8 @@ def command(
         str, typer.Option(help="onnx: the runtimes it is for: ort, genai, web or openvino. Default: ort.")
     ] = "",
     precision: Annotated[
-        str, typer.Option(help="onnx: fp32 or fp16; triton: bf16 too. Default: onnx fp32, triton the base's own.")
+        str,
+        typer.Option(help="onnx: fp32 (default), fp16, int8, int4; triton: fp32, fp16, bf16 (default: the base's)."),
     ] = "",
     codes: Annotated[
         bool,
@@ -129,6 +133,8 @@ def summary(report: OnnxReport) -> dict[str, Any]:
         "opset": report.opset,
         "profile": report.profile,
         "attention": report.attention,
+        "linears": report.linears,
+        "change": report.change,
         "fallbacks": report.fallbacks,
         "weights": {
             "form": report.weights.form,
@@ -148,6 +154,8 @@ def summary(report: OnnxReport) -> dict[str, Any]:
 
 def view(report: OnnxReport) -> RenderableType:
     """The same for people: the files, and what ONNX Runtime said."""
+    from rich.console import Group
+
     files = ", ".join(f"{name} {output.size(size)}" for name, size in report.files.items())
     fields = {"wrote": str(report.folder), "files": files, "profile": report.profile}
     fields["precision"] = f"{report.precision}, opset {report.opset}"
@@ -166,8 +174,10 @@ def view(report: OnnxReport) -> RenderableType:
         fields["replayed"] = "no: --no-verify"
     if "index.html" in report.files:
         fields["serve it"] = f"python -m http.server --bind 127.0.0.1 --directory {report.folder} 8000"
+    if report.change is not None:
+        fields["rounding"] = f"changes the outputs by {report.change:.2%} ‖found − exact‖ / ‖exact‖"
     fields["took"] = f"{report.seconds:.1f} s, peak {output.size(report.peak_rss_bytes)}"
-    return output.fields(fields)
+    return Group(decisions(report.linears), output.fields(fields)) if report.linears else output.fields(fields)
 
 
 def weights_line(placed: Placed) -> str:
@@ -176,3 +186,18 @@ def weights_line(placed: Placed) -> str:
     if placed.form == "bind":
         written = f"{output.size(placed.bound)} bound to the checkpoint's own files, {written}"
     return f"{written}; {placed.note}" if placed.note else written
+
+
+def decisions(linears: Sequence[Linear]) -> RenderableType:
+    """What became of the linears, those of one name in one row: the least retention and the largest error."""
+    rows: dict[tuple[str, str, int], list[Linear]] = {}
+    for linear in linears:
+        name = re.sub(r"\.\d+\.", ".*.", linear.path)
+        rows.setdefault((name, linear.how, linear.bits), []).append(linear)
+    shown = []
+    for (name, how, bits), group in rows.items():
+        kept = [linear.retention for linear in group if linear.retention is not None]
+        worst = f"{min(kept):.2f}" if kept else ""
+        shown.append((name, len(group), how, bits or "", worst, f"{max(linear.error for linear in group):.2%}"))
+    columns = ("linear", "layers", "weights", "bits", "adapter kept", "error")
+    return output.table("", columns, shown, right=columns[1:2] + columns[3:])

@@ -87,6 +87,7 @@ def replay(
     dtype: torch.dtype,
     steps: int = STEPS,
     given: Loaded | None = None,
+    relative: float | None = None,
 ) -> Replay:
     """Decode every probe with an exported model and compare all logits.
 
@@ -97,6 +98,7 @@ def replay(
         dtype: of the exported model; the bound depends on it.
         steps: tokens to generate, fewer if the model has no positions for them.
         given: what its slots are fed; None for a model without, or the base's values of optional ones.
+        relative: the bound, of the largest logit, where it is not that of the dtype: activations are rounded too.
     """
     session = open_session(file)
     prompts = [list(probe.ids[: max(2, len(probe.ids) - 4 * number)]) for number, probe in enumerate(probes)]
@@ -112,13 +114,19 @@ def replay(
     counts = [len(batch.prompts) for batch in batches]
     return Replay(
         max_error=max(errors) if not any(error != error for error in errors) else float("nan"),
-        bound=RELATIVE[dtype] * largest,
-        because=f"{RELATIVE[dtype]:g} of the largest logit, for {str(dtype).removeprefix('torch.')}",
+        **bounded("logit", largest, dtype, relative),
         token_agreement=sum(b.token_agreement * n for b, n in zip(batches, counts, strict=True)) / sum(counts),
         largest=largest,
         steps=steps,
         batches=batches,
     )
+
+
+def bounded(what: str, largest: float, dtype: torch.dtype, relative: float | None) -> dict[str, Any]:
+    """The bound of a replay, and why it is that."""
+    why = "activations in 8 bits" if relative else str(dtype).removeprefix("torch.")
+    share = relative or RELATIVE[dtype]
+    return {"bound": share * largest, "because": f"{share:g} of the largest {what}, for {why}"}
 
 
 def virtual_tokens(graph: Graph) -> int:

@@ -13,26 +13,28 @@ of 3 bits are stored in 4. NF4 and FP4 become standard operators, which runtimes
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 from torch.nn import functional as F
 
 from surgeon.decode import byte_values
+from surgeon.errors import UnsupportedError
 from surgeon.finalise import finalise
 from surgeon.fold import fold, folds
 from surgeon.graph import Graph, Holding, TensorSpec, sweep
 from surgeon.hold import held_value, holders, release
-from surgeon.numerics import BLOCK, Nested, dequantise_absmax
+from surgeon.lower.onnx.join import INT4, UINT4
+from surgeon.lower.onnx.products import by_blocks, by_bnb4, by_book, by_integers
+from surgeon.numerics import Nested, dequantise_absmax
 from surgeon.packing import pack, unpack
 from surgeon.quantised import HELD, WEIGHTS
 from surgeon.zero_points import fold_zero_points, unfoldable
 
 NF4, INT = torch.ops.surgeon.nf4_linear.default, torch.ops.surgeon.int_linear.default
-POINTS, SHIFT = "_points", "_shift"
+POINTS, SHIFT, SIDE = "_points", "_shift", "_side_"
 SMALLEST = 16
 """Inputs per group, at least, that MatMulNBits takes; they are a power of two."""
 Read = Callable[[], torch.Tensor]
@@ -54,8 +56,23 @@ def with_codes(graph: Graph) -> Graph:
     return finalise(graph, (lambda kept: kept) if beside else fold)
 
 
-def prepared(graph: Graph) -> Graph:
-    """The graph with its codes as the operators below read them; codes that no operator reads are decoded."""
+@dataclass(frozen=True)
+class Form:
+    """How linears in codes are written.
+
+    Attributes:
+        four_bit: NF4 and FP4 as "standard" operators or as "bnb4".
+        level: of MatMulNBits' accuracy: 1 computes in fp32, 4 rounds its input to 8 bits, which is faster.
+        blocks: integers as standard DequantizeLinear in blocks, not as MatMulNBits.
+    """
+
+    four_bit: str = "standard"
+    level: int = 1
+    blocks: bool = False
+
+
+def prepared(graph: Graph, form: Form) -> Graph:
+    """The graph with its codes as the operators read them; codes that no operator reads are decoded."""
     made, integers = graph.copy(), []
     for prefix, node in graph.nodes():
         if node.target not in (NF4, INT):
@@ -72,7 +89,8 @@ def prepared(graph: Graph) -> Graph:
             made.inserted[name] = functools.partial(held_value, graph, name)
     points, shift = _zeros(graph, integers)
     for holding, bits in integers:
-        _read_integers(made, holding, bits, points, shift)
+        read = _read_blocks if form.blocks else _read_integers
+        read(made, holding, bits, points, shift)
     return made
 
 
@@ -89,8 +107,8 @@ def _zeros(graph: Graph, integers: list[tuple[Holding, int]]) -> tuple[bool, boo
     return points, shift
 
 
-def place(part: fx.Graph, prefix: str, graph: Graph, four_bit: str) -> None:
-    """Put the functions below in the place of the linears of a part of a prepared graph."""
+def place(part: fx.Graph, prefix: str, graph: Graph, form: Form) -> None:
+    """Put the functions of `surgeon.lower.onnx.products` in the place of the linears of a part of a prepared graph."""
     for node in [node for node in part.nodes if node.target in (NF4, INT)]:
         weight = str(node.meta[HELD].target)
         x, bias, *parts = node.args
@@ -99,70 +117,15 @@ def place(part: fx.Graph, prefix: str, graph: Graph, four_bit: str) -> None:
                 release(node)
             elif node.target is NF4:
                 book = part.get_attr(f"{node.kwargs['kind']}_book")
-                node.target = by_book if four_bit == "standard" else by_bnb4
+                node.target = by_book if form.four_bit == "standard" else by_bnb4
                 node.args = (x, bias, *parts[:2], book)
             else:
-                rest = [str(parts[2].target) + kind for kind in (POINTS, SHIFT)]
+                rest = [str(parts[2].target) + kind for kind in (POINTS, SHIFT)] + [weight + SIDE + p for p in "abus"]
                 known = [part.get_attr(r) if graph.resolve(prefix + r) in graph.tensors else None for r in rest]
-                node.target, node.args = by_integers, (x, bias, *parts[:2], *known)
-                node.kwargs = {"bits": _stored(int(node.kwargs["bits"]))}
+                node.target, node.args = by_blocks if form.blocks else by_integers, (x, bias, *parts[:2], *known)
+                bits = _stored(int(node.kwargs["bits"]))
+                node.kwargs = {"bits": bits} if form.blocks else {"bits": bits, "level": form.level}
     sweep(part)
-
-
-def by_integers(
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    points: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    *,
-    bits: int,
-) -> torch.Tensor:
-    """MatMulNBits: codes `[out, groups, group · bits / 8]`, scale `[out, groups]`, shift `[groups, out]`."""
-    out, groups, width = codes.shape
-    group = width * 8 // bits
-    given = [x, codes, scale, *([] if points is None else [points])]
-    options = {"K": groups * group, "N": out, "bits": bits, "block_size": group, "accuracy_level": 1}
-    result = _symbolic("MatMulNBits", given, options, out)
-    if shift is not None:
-        result = result + x.unflatten(-1, (groups, group)).sum(-1) @ shift
-    return result if bias is None else result + bias
-
-
-def by_bnb4(
-    x: torch.Tensor, bias: torch.Tensor | None, codes: torch.Tensor, absmax: torch.Tensor, _: Any, **of: Any
-) -> torch.Tensor:
-    """MatMulBnb4, whose bytes are bitsandbytes'."""
-    options = {"K": of["inp"], "N": of["out"], "block_size": BLOCK, "quant_type": int(of["kind"] == "nf4")}
-    result = _symbolic("MatMulBnb4", [x, codes, absmax], options, of["out"])
-    return result if bias is None else result + bias
-
-
-def by_book(
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    codes: torch.Tensor,
-    absmax: torch.Tensor,
-    book: torch.Tensor,
-    *,
-    out: int,
-    inp: int,
-    kind: str,
-) -> torch.Tensor:
-    """Values of the bytes, looked up, times absmax; book: `[256, 2]`."""
-    values = F.embedding(codes.int(), book).reshape(-1)
-    blocks = absmax.shape[0]
-    values = F.pad(values, (0, blocks * BLOCK - 2 * codes.shape[0])) if blocks * BLOCK > 2 * codes.shape[0] else values
-    weight = (values.reshape(blocks, BLOCK) * absmax[:, None]).reshape(-1)[: out * inp].reshape(out, inp)
-    result = x @ weight.to(x.dtype).t()
-    return result if bias is None else result + bias
-
-
-def _symbolic(name: str, given: list[torch.Tensor], options: Mapping[str, int], out: int) -> torch.Tensor:
-    x, size = given[0], [*given[0].shape[:-1], out]
-    made = torch.onnx.ops.symbolic(f"com.microsoft::{name}", given, dict(options), dtype=x.dtype, shape=size, version=1)
-    return made.to(x.device)  # symbolic operators trace as tensors of the CPU
 
 
 def _fits(graph: Graph, holding: Holding, bits: int) -> bool:
@@ -187,6 +150,35 @@ def _read_integers(made: Graph, holding: Holding, bits: int, points: bool, shift
     if shift:
         made.tensors[zero + SHIFT] = replace(spec, shape=(groups, out))
         made.inserted[zero + SHIFT] = lambda: _shift(exact(), step(), bits)
+
+
+def _read_blocks(made: Graph, holding: Holding, bits: int, points: bool, shift: bool) -> None:
+    """Codes `[in, out]`, scales and points `[groups, out]`; without points the codes are signed."""
+    codes, scale, zero = (holding.parts[name] for name in ("codes", "scale", "zero"))
+    read, step, exact, stored = made.inserted[codes], made.inserted[scale], made.inserted[zero], _stored(bits)
+    out, groups = made.tensors[scale].shape
+    kinds = {4: (INT4, UINT4), 8: (torch.int8, torch.uint8)}
+    if stored not in kinds:
+        what = f"DequantizeLinear has no codes of {bits} bits"
+        raise UnsupportedError(what, codes, "--profile ort or genai reads them")
+    kind, middle = kinds[stored][points], 0 if points else 2 ** (stored - 1)
+    inputs = made.tensors[codes].shape[1] * 8 // bits
+    made.tensors[codes] = replace(made.tensors[codes], shape=(inputs, out), dtype=kind)
+    made.inserted[codes] = lambda: _signed(unpack(read(), bits), middle)
+    made.tensors[scale] = replace(made.tensors[scale], shape=(groups, out))
+    made.inserted[scale] = lambda: step().t().contiguous()
+    if points:
+        made.tensors[zero + POINTS] = replace(made.tensors[zero], shape=(groups, out), dtype=kind)
+        made.inserted[zero + POINTS] = lambda: _nearest(exact(), bits).t().contiguous()
+    if shift:
+        made.tensors[zero + SHIFT] = replace(made.tensors[zero], shape=(groups, out))
+        made.inserted[zero + SHIFT] = lambda: _shift(exact(), step(), bits)
+
+
+def _signed(codes: torch.Tensor, middle: int) -> torch.Tensor:
+    """`[out, in]` → `[in, out]`, less the middle."""
+    turned = codes.t().contiguous()
+    return (turned.to(torch.int16) - middle).to(torch.int8) if middle else turned
 
 
 def _stored(bits: int) -> int:

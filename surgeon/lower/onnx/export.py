@@ -17,7 +17,6 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-import transformers
 
 from surgeon import run
 from surgeon.atomic import atomic_folder, check_target
@@ -25,8 +24,8 @@ from surgeon.errors import UnsupportedError, UsageError, nearest
 from surgeon.finalise import finalise
 from surgeon.graph import Graph
 from surgeon.lower.onnx import adapters as apart
+from surgeon.lower.onnx import beside, genai, gqa, slots, web
 from surgeon.lower.onnx import demo as page
-from surgeon.lower.onnx import genai, gqa, slots, web
 from surgeon.lower.onnx import once as run_once
 from surgeon.lower.onnx.adapter_file import as_loaded
 from surgeon.lower.onnx.adapter_slots import base_of
@@ -35,8 +34,8 @@ from surgeon.lower.onnx.check import Replay, replay
 from surgeon.lower.onnx.codes import with_codes
 from surgeon.lower.onnx.files import files_of, records
 from surgeon.lower.onnx.model import build
+from surgeon.lower.onnx.precision import BITS, Linear, Quantised, quantised
 from surgeon.lower.onnx.profiles import DEFAULT, GQA, STANDARD, Profile, find
-from surgeon.lower.onnx.verify import SCHEMA
 from surgeon.lower.onnx.web import layout
 from surgeon.lower.virtual_columns import as_columns
 from surgeon.passes import make
@@ -44,8 +43,10 @@ from surgeon.passes.base import Adapter
 from surgeon.passes.quantiser import Quantiser
 from surgeon.verification import make_probes
 
-FOUR_BIT = ("standard", "bnb4")
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+FOUR_BIT = ("standard", "bnb4", "int4")
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.float32, "int4": torch.float32}
+FAST, ACTIVATIONS = 4, 5e-2
+"""MatMulNBits with its input rounded to 8 bits, and what that may change, of the largest logit (0.5 % per linear)."""
 MODEL, DATA, MANIFEST = "model.onnx", "model.onnx.safetensors", "surgeon.json"
 
 
@@ -56,12 +57,14 @@ class OnnxReport:
     Attributes:
         folder: where it is.
         files: what was written, with sizes in bytes.
-        precision: "fp32" or "fp16".
+        precision: "fp32", "fp16", "int8" or "int4".
         opset: the ONNX opset.
         profile: what it was made for, see `surgeon.lower.onnx.profiles`.
         attention: what computes it, "gqa" or "standard".
         fallbacks: why not what the profile has: reason → paths of the layers.
         weights: where its tensors are, see `surgeon.lower.onnx.bind`.
+        linears: of int8 and int4, what became of each linear, see `surgeon.lower.onnx.precision`.
+        change: of int8 and int4, ‖found − exact‖ / ‖exact‖ of the outputs in torch, None if it was not asked.
         replay: what ONNX Runtime computed, None if it was not asked.
         seconds: time taken.
         peak_rss_bytes: the process's peak memory so far.
@@ -75,6 +78,8 @@ class OnnxReport:
     attention: str
     fallbacks: dict[str, list[str]]
     weights: Placed
+    linears: tuple[Linear, ...]
+    change: float | None
     replay: Replay | None
     seconds: float
     peak_rss_bytes: int
@@ -124,15 +129,17 @@ def export_onnx(
         graph: a causal language model, a classifier or an encoder, with values.
         out: the new folder.
         profile: the runtimes it is for, one of `surgeon.lower.onnx.profiles.PROFILES`.
-        precision: "fp32" or "fp16", of weights, cache and arithmetic; norms and softmax stay fp32.
+        precision: "fp32" or "fp16", of weights, cache and arithmetic; norms and softmax stay fp32. "int8" or "int4":
+            linears in integers, decided one by one (`surgeon.lower.onnx.precision`), all else fp32.
         codes: keep codes; without, they are decoded, and the adapters folded in.
         four_bit: NF4 and FP4 as "standard" operators, decoded when the model is loaded, or as "bnb4", MatMulBnb4, which
-            stays in 4 bits: for GPUs, on a CPU it is slow.
+            stays in 4 bits: for GPUs, on a CPU it is slow. With int8 or int4 they go to 8 bits, unless "bnb4" keeps
+            them or "int4" forces them into integers of 4 bits.
         weights: "bind" to the checkpoint's own files or "copy"; "" is bind where that is possible and most of the
             model is the checkpoint's own (see `surgeon.lower.onnx.bind`).
         tokenizer: is written beside the model and makes the probes.
         overwrite: replace an existing folder.
-        verify: replay the probes in ONNX Runtime, within fp32 1e-4, fp16 2e-2 of the largest logit.
+        verify: replay the probes in ONNX Runtime, within fp32 1e-4, fp16 2e-2, int8 and int4 5e-2 of the largest logit.
         adapters: "merge" folds them in; "slots" makes them inputs of the model (see `surgeon.lower.onnx.slots`), and
             those of the graph a file of their own; "stacked" lets every row of a batch choose one of several.
         targets: the linears that have slots.
@@ -157,7 +164,9 @@ def export_onnx(
     if demo is not None:
         page.check(made_for, tokenizer)
     swapped = adapters != apart.MERGE
-    plain = exportable(base_of(graph) if swapped else graph, codes)
+    _require_supported(graph)
+    chosen = _quantised(graph, precision, four_bit, adapters) if precision in BITS else None
+    plain = exportable(base_of(graph) if swapped else graph, codes) if chosen is None else _supported(chosen.graph)
     dtype = PRECISIONS[precision]
     once = graph.task in run_once.TASKS
     if made_for.package == "genai":
@@ -171,7 +180,7 @@ def export_onnx(
         final = run.apply(apart.slotted(plain, standard, targets, adapters), make("kv_cache"))
     record = apart.manifest(final, plain, made_for, dtype) if swapped else {}
     form, note = choose(weights, made_for, plain, dtype, Path(out).absolute().parent)
-    model = build(final, dtype, four_bit, made_for, turn=form == COPY)
+    model = build(final, dtype, four_bit, made_for, turn=form == COPY, level=1 if chosen is None else FAST)
     names = layout(made_for, precision)
     if made_for.package == web.PACKAGE:
         web.keep_last(model)
@@ -184,30 +193,34 @@ def export_onnx(
         checked, probes = None, make_probes(plain, tokenizer)
         if verify:
             check = run_once.compare if once else replay
-            empty = {"given": as_loaded({}, record)} if swapped else {}
-            checked = check(plain, folder / names.model, probes, dtype, **empty)
+            empty: dict[str, Any] = {"given": as_loaded({}, record)} if swapped else {}
+            relative, reference = (None, plain) if chosen is None else (ACTIVATIONS, _supported(chosen.reference))
+            checked = check(reference, folder / names.model, probes, dtype, relative=relative, **empty)
             checked.require(str(out))
+        change = chosen.change(exportable(graph, codes=False), probes) if chosen is not None and verify else None
         if swapped:
             record["adapters"] = apart.put(
                 {**apart.own(graph), **(given or {})}, record, folder,
                 lambda one, fed: replay(one, folder / names.model, probes, dtype, given=fed) if verify else None,
             )  # fmt: skip
-        _write_configs(plain, folder, tokenizer, dtype)
+        beside.write_configs(plain, folder, tokenizer, dtype)
         if made_for.package == "genai":
             genai.write(final, folder, model=MODEL, shared=attention == GQA)
         web.describe(folder, made_for, names, precision)
         if demo is not None:
             page.write(folder, names, demo, plain.config.model_type, record)
-        manifest = _manifest(plain if swapped else graph, made_for, precision, checked) | record
+        manifest = beside.manifest(plain if swapped else graph, made_for, precision, checked) | record
         manifest |= {"weights": form, "pad": run_once.pad_of(plain)}
-        manifest["attention"] = _attention(attention, fallbacks)
+        manifest["attention"] = beside.attention(attention, fallbacks)
+        if chosen is not None:
+            manifest["quantised"] = {"change": change, "linears": [asdict(linear) for linear in chosen.linears]}
         manifest["files"] = records(folder, set(placed.files) if checked is None else set())
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
         files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files_of(folder)}
     return OnnxReport(
         folder=Path(out), files=files, precision=precision, opset=made_for.opset, profile=profile,
         attention=attention, fallbacks=fallbacks,
-        weights=placed, replay=checked,
+        weights=placed, linears=chosen.linears if chosen else (), change=change, replay=checked,
         seconds=time.perf_counter() - began,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )  # fmt: skip
@@ -224,18 +237,6 @@ def _final(plain: Graph, profile: Profile) -> tuple[Graph, str, dict[str, list[s
     return fused.graph, GQA if fused.fused else STANDARD, {why: list(paths) for why, paths in fused.reasons.items()}
 
 
-def _attention(kind: str, fallbacks: dict[str, list[str]]) -> dict[str, Any]:
-    """The manifest's word on attention: what a runtime may do with the cache."""
-    own = kind == GQA
-    return {
-        "operator": "com.microsoft.GroupQueryAttention" if own else "standard",
-        "fallbacks": fallbacks,
-        "padding": "left or right",
-        "past_present_share_buffer": own,
-        "rows_that_continue_by_several_tokens": "one" if own else "any",
-    }
-
-
 def exportable(graph: Graph, codes: bool = True) -> Graph:
     """The graph with its adapters folded in; a prompt of a language model is keys and values at its attentions.
 
@@ -244,6 +245,18 @@ def exportable(graph: Graph, codes: bool = True) -> Graph:
     Raises:
         UnsupportedError: it is an encoder with a decoder, or something stays that has no place in the export.
     """
+    _require_supported(graph)
+    return _supported(with_codes(graph) if codes else finalise(graph))
+
+
+def _quantised(graph: Graph, precision: str, four_bit: str, adapters: str) -> Quantised:
+    if adapters != apart.MERGE:
+        hint = "quantise the base first (surgeon apply --method intq) and export that: its codes are kept"
+        raise UsageError(f"--precision {precision} decides what adapters become", f"--adapters {adapters}", hint)
+    return quantised(graph, precision, four_bit)
+
+
+def _require_supported(graph: Graph) -> None:
     if graph.task not in ("causal-lm", *run_once.TASKS) or "decoder_input_ids" in graph.inputs:
         name = graph.config.model_type
         raise UnsupportedError(
@@ -251,43 +264,11 @@ def exportable(graph: Graph, codes: bool = True) -> Graph:
             graph.source,
             "--target hf writes a merged checkpoint of any model",
         )
-    plain = with_codes(graph) if codes else finalise(graph)
-    plain = as_columns(plain) if graph.task == "causal-lm" else plain
+
+
+def _supported(graph: Graph) -> Graph:
+    plain = as_columns(graph) if graph.task == "causal-lm" else graph
     left = ", ".join(step.name for step in plain.applied if not isinstance(step, (Adapter, Quantiser)))
     if left:
         raise UnsupportedError(f"the ONNX export has no place for {left}", graph.source, "export without it")
     return plain
-
-
-def _write_configs(graph: Graph, folder: Path, tokenizer: Any, dtype: torch.dtype) -> None:
-    config = type(graph.config).from_dict(graph.config.to_dict())
-    config.dtype = dtype
-    config._name_or_path = ""
-    config.architectures = graph.config.architectures
-    config.save_pretrained(folder)
-    if tokenizer is not None:
-        genai.write_tokenizer(tokenizer, folder)
-    if graph.task != "causal-lm":
-        return
-    stored = Path(graph.source, "generation_config.json") if graph.source else None
-    if stored and stored.is_file():
-        generation = transformers.GenerationConfig.from_pretrained(graph.source)
-    else:
-        generation = transformers.GenerationConfig.from_model_config(config)
-    generation.save_pretrained(folder)
-
-
-def _manifest(graph: Graph, profile: Profile, precision: str, checked: Replay | None) -> dict[str, Any]:
-    """What the export is, without a path of this machine."""
-    return {
-        "schema": SCHEMA,
-        "target": "onnx",
-        "model": layout(profile, precision).model,
-        "profile": profile.name,
-        "precision": precision,
-        "opset": profile.opset,
-        "passes": [{"name": step.name, "options": step.options()} for step in graph.applied],
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "agreement": "tokens agree if they are equal or their logits in torch differ by no more than twice the error",
-        "verified": asdict(checked) if checked else None,
-    }

@@ -81,6 +81,8 @@ def attention(
     bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     *,
+    heads: int,
+    shared: int,
     scale: float,
     window: int = 0,
     chunk: int = 0,
@@ -98,22 +100,24 @@ def attention(
         mask: `[b, s]`, True where a key is a token.
         bias: added to the scores, or where False not seen, `[b | 1, h | 1, t, s]`.
         sinks: `[h]`, a score per head whose share is dropped.
+        heads: h.
+        shared: h_kv.
         scale: of the scores.
         window: keys that a query sees, 0 for all.
         chunk: see `surgeon.ops.visible`.
         softcap: of the scores, 0 for none.
     """
-    kind, batch, heads, size = v.dtype, q.shape[0], q.shape[1], q.shape[3]
+    kind, batch, size = v.dtype, q.shape[0], q.shape[3]
     added = _added(mask, bias, chunk, q.shape[2], kind)
     lengths = torch.full((batch,), mask.shape[1] - 1, dtype=torch.int32)
     total = torch.full((), mask.shape[1], dtype=torch.int32)
     rows = [x.to(kind).transpose(1, 2).flatten(2) for x in (q, k, v)]
     given = [*rows, past_k, past_v, lengths, total, None, None, None, added]
     given += [] if sinks is None else [sinks.to(kind)]
-    options: dict[str, Any] = {"num_heads": heads, "kv_num_heads": k.shape[1], "scale": scale}
+    options: dict[str, Any] = {"num_heads": heads, "kv_num_heads": shared, "scale": scale}
     options |= {"local_window_size": window} if window else {}
     options |= {"softcap": softcap} if softcap else {}
-    cache = [batch, k.shape[1], mask.shape[1], size]
+    cache = [batch, shared, mask.shape[1], size]
     made = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention", given, options, dtypes=[kind] * 3,
         shapes=[[batch, q.shape[2], heads * size], cache, cache], version=1,
@@ -186,7 +190,8 @@ def _replace(part: fx.Graph, node: fx.Node) -> None:
     assert values is not None
     with part.inserting_before(node):
         args = (node.args[0], keys[1], values[1], keys[0], values[0], *node.args[3:])
-        made = part.call_function(attention, args, dict(node.kwargs))
+        q, k = (int(val(given).shape[1]) for given in node.args[:2])
+        made = part.call_function(attention, args, {**node.kwargs, "heads": q, "shared": k})
         made.meta = dict(node.meta)
         pieces = [part.call_function(operator.getitem, (made, position)) for position in range(3)]
     for old, piece in zip((node, node.args[1], node.args[2]), pieces, strict=True):

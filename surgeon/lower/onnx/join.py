@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import ml_dtypes
 import onnx_ir as ir
 import torch
 
 from surgeon.lower.onnx.own_file import DTYPES
 
+INT4, UINT4 = (getattr(torch, name) for name in ("int4", "uint4"))  # which have no arithmetic, and no type
+WIDE = {INT4: torch.int8, UINT4: torch.uint8}
+"""4-bit dtypes, of which torch has the name, and what holds their values until they are written."""
+_PACKED = {INT4: ir.DataType.INT4, UINT4: ir.DataType.UINT4}
+_NARROW = {INT4: ml_dtypes.int4, UINT4: ml_dtypes.uint4}
 Shape = Sequence[int | str]
 
 
@@ -31,9 +37,9 @@ class Joined:
         """The initialiser of a tensor; one however many parts read it."""
         if name not in self.tensors:
             shape, dtype, value = self.read(name)
-            kind = DTYPES[dtype]
+            kind = _PACKED[dtype] if dtype in _PACKED else DTYPES[dtype]
             size = ir.Shape(shape)
-            lazy = ir.LazyTensor(lambda: ir.tensor(value().numpy(), name=name), dtype=kind, shape=size, name=name)
+            lazy = ir.LazyTensor(lambda: _tensor(value(), dtype, name), dtype=kind, shape=size, name=name)
             self.tensors[name] = ir.Value(name=name, shape=size, type=ir.TensorType(kind), const_value=lazy)
         return self.tensors[name]
 
@@ -59,6 +65,11 @@ class Joined:
         graph.remove(nodes)
         self.nodes += nodes
         return outputs
+
+
+def _tensor(value: torch.Tensor, dtype: torch.dtype, name: str) -> ir.Tensor:
+    array = value.numpy()
+    return ir.tensor(array.astype(_NARROW[dtype]) if dtype in _NARROW else array, name=name)
 
 
 def typed(name: str, dtype: torch.dtype, shape: Shape) -> ir.Value:

@@ -13,11 +13,11 @@ from surgeon.errors import UnsupportedError
 from surgeon.graph import Graph, val
 from surgeon.lower.onnx import slots
 from surgeon.lower.onnx.adapter_file import IDS, is_slot
-from surgeon.lower.onnx.codes import prepared
+from surgeon.lower.onnx.codes import Form, prepared
 from surgeon.lower.onnx.fused import fuse
-from surgeon.lower.onnx.join import Joined, Shape, finish, typed
+from surgeon.lower.onnx.join import WIDE, Joined, Shape, finish, typed
 from surgeon.lower.onnx.parts import META, SIZES, Part, Shapes, input_name, lower_part, lowered, segments, turnable
-from surgeon.lower.onnx.profiles import DEFAULT, PROFILES, Profile
+from surgeon.lower.onnx.profiles import BLOCKS, DEFAULT, PROFILES, Profile
 from surgeon.module import read_tensor
 
 BATCH, NEW, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
@@ -31,6 +31,7 @@ def build(
     profile: Profile = PROFILES[DEFAULT],
     *,
     turn: bool = True,
+    level: int = 1,
 ) -> ir.Model:
     """The ONNX model of a graph: a causal language model with K/V cache, or a model that is run once.
 
@@ -40,15 +41,17 @@ def build(
         four_bit: see `surgeon.lower.onnx.export.export_onnx`.
         profile: what it is made for.
         turn: store the weights of linears `[in, out]`; without, `[out, in]`, as checkpoints hold them.
+        level: of the accuracy of MatMulNBits, see `surgeon.lower.onnx.codes.Form`.
 
     Raises:
         UnsupportedError: a part of the graph has no ONNX form.
     """
-    graph = prepared(graph)
+    form = Form(four_bit, level, profile.integers == BLOCKS)
+    graph = prepared(graph, form)
     turned = turnable(graph) if turn else set()
-    trunk = lowered(graph.trunk, [""], turned, graph, dtype, four_bit)
+    trunk = lowered(graph.trunk, [""], turned, graph, dtype, form)
     layers = {
-        id(part): lowered(part, [f"{path}." for path in paths], turned, graph, dtype, four_bit)
+        id(part): lowered(part, [f"{path}." for path in paths], turned, graph, dtype, form)
         for part, paths in graph.groups()
     }
     runs = tuple(_run(graph, trunk, layers, turned, dtype, sizes) for sizes in SIZES)
@@ -119,7 +122,7 @@ def _run(
         found = []
         for name in part.tensors:
             shape, kind = _described(graph, graph.resolve(prefix + name), turned, dtype)
-            found.append(torch.empty(shape, dtype=kind, device=META))
+            found.append(torch.empty(shape, dtype=WIDE.get(kind, kind), device=META))
         return found
 
     shapes = Shapes(graph, trunk, layers, tensors)
@@ -196,6 +199,8 @@ def _stored(graph: Graph, name: str, turned: set[str], dtype: torch.dtype) -> An
     shape, kind = _described(graph, name, turned, dtype)
 
     def read() -> torch.Tensor:
+        if kind in WIDE:
+            return graph.inserted[name]()
         tensor = read_tensor(graph, name, kind, torch.device("cpu")).detach()
         return (tensor.t() if name in turned else tensor).to(kind).contiguous()
 

@@ -16,11 +16,11 @@ from torch import fx
 
 from surgeon import numbering, positions, virtual
 from surgeon.graph import Graph, copied, sweep, val
-from surgeon.lower.onnx.check import Replay, Replayed, virtual_tokens
+from surgeon.lower.onnx.check import Replay, Replayed, bounded, virtual_tokens
 from surgeon.lower.onnx.session import Array, open_session
 from surgeon.lower.onnx.verify import padded, told
 from surgeon.stream import StreamingExecutor
-from surgeon.verification import RELATIVE, Probe
+from surgeon.verification import Probe
 
 aten = torch.ops.aten
 TASKS = ("sequence-classification", "token-classification", "question-answering", "multiple-choice", "features")
@@ -61,7 +61,9 @@ def _counted(trunk: fx.Graph, real: fx.Node, axis: int) -> fx.Node:
     return trunk.call_function(aten.mul.Tensor, (count, real))
 
 
-def compare(graph: Graph, file: Path, probes: Sequence[Probe], dtype: torch.dtype) -> Replay:
+def compare(
+    graph: Graph, file: Path, probes: Sequence[Probe], dtype: torch.dtype, relative: float | None = None
+) -> Replay:
     """Run an exported model on the first probe alone and on all in one batch padded on the right.
 
     Args:
@@ -69,6 +71,7 @@ def compare(graph: Graph, file: Path, probes: Sequence[Probe], dtype: torch.dtyp
         file: the `.onnx` file.
         probes: the texts; they are shortened to different lengths.
         dtype: of the exported model; the bound depends on it.
+        relative: see `surgeon.lower.onnx.check.replay`.
     """
     session, reference = open_session(file), StreamingExecutor(graph)
     room = (positions.limit(graph) or 10**9) - virtual_tokens(graph)
@@ -79,8 +82,7 @@ def compare(graph: Graph, file: Path, probes: Sequence[Probe], dtype: torch.dtyp
     counts = [len(batch.prompts) for batch, _ in batches]
     return Replay(
         max_error=float(np.max(errors)),  # NaN if any is
-        bound=RELATIVE[dtype] * largest,
-        because=f"{RELATIVE[dtype]:g} of the largest output, for {str(dtype).removeprefix('torch.')}",
+        **bounded("output", largest, dtype, relative),
         token_agreement=sum(b.token_agreement * n for (b, _), n in zip(batches, counts, strict=True)) / sum(counts),
         largest=largest,
         steps=0,

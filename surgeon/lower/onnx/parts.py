@@ -21,7 +21,7 @@ from torch import fx
 from surgeon.compile import without_dropout
 from surgeon.errors import UnsupportedError
 from surgeon.graph import INPUT, MODEL_DEVICE, MODEL_DTYPE, Graph, copied, sweep
-from surgeon.lower.onnx.codes import place
+from surgeon.lower.onnx.codes import Form, place
 from surgeon.lower.onnx.standard import linear, standardise
 
 aten = torch.ops.aten
@@ -84,7 +84,7 @@ def turnable(graph: Graph) -> set[str]:
 
 
 def lowered(
-    part: fx.Graph, prefixes: list[str], turned: set[str], graph: Graph, dtype: torch.dtype, four_bit: str
+    part: fx.Graph, prefixes: list[str], turned: set[str], graph: Graph, dtype: torch.dtype, form: Form
 ) -> Part:
     """A copy of a graph in standard operators with its tensors as inputs.
 
@@ -92,7 +92,7 @@ def lowered(
     what `surgeon.lower.onnx.codes` makes of them.
     """
     fresh, _ = copied(without_dropout(part))
-    place(fresh, prefixes[0], graph, four_bit)
+    place(fresh, prefixes[0], graph, form)
     last = [node for node in fresh.nodes if node.op == "placeholder"][-1]
     constants: dict[fx.Node, Any] = {}
     tensors: dict[str, fx.Node] = {}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from surgeon.errors import UsageError, nearest
 
 STANDARD, GQA = "standard", "gqa"
+NBITS, BLOCKS = "nbits", "blocks"
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Profile:
         optional_slots: whether inputs for adapters may be left out; else they are required.
         package: what is written beside the graph: "plain", "genai" (genai_config.json), "transformers.js" (files in
             `onnx/`) or "openvino".
+        integers: weights in integers as "nbits", com.microsoft.MatMulNBits, or as "blocks", standard DequantizeLinear.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Profile:
     attention: str
     optional_slots: bool
     package: str
+    integers: str = NBITS
 
     @property
     def contrib(self) -> bool:
@@ -40,7 +43,7 @@ _ALL: Sequence[Profile] = (
     Profile("ort", opset=21, attention=GQA, optional_slots=True, package="plain"),
     Profile("genai", opset=21, attention=GQA, optional_slots=True, package="genai"),
     Profile("web", opset=21, attention=STANDARD, optional_slots=False, package="transformers.js"),
-    Profile("openvino", opset=21, attention=STANDARD, optional_slots=False, package="openvino"),
+    Profile("openvino", opset=21, attention=STANDARD, optional_slots=False, package="openvino", integers=BLOCKS),
 )
 PROFILES: dict[str, Profile] = {profile.name: profile for profile in _ALL}
 DEFAULT = "ort"

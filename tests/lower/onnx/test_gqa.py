@@ -35,8 +35,12 @@ def operator_alone(options: dict[str, Any], *, sinks: bool, bias: bool) -> onnxr
     part = torch.fx.Graph()
     names = ["q", "k", "v", "past_k", "past_v", "mask", *(["bias"] if bias else []), *(["sinks"] if sinks else [])]
     given = {name: part.placeholder(name) for name in names}
-    args = [given[name] for name in names[:6]]
-    part.output(part.call_function(gqa.attention, (*args, given.get("bias"), given.get("sinks")), options))
+    args: list[Any] = [given[name] for name in names[:6]]
+    part.output(
+        part.call_function(
+            gqa.attention, (*args, given.get("bias"), given.get("sinks")), {**options, "heads": HEADS, "shared": SHARED}
+        )
+    )
     samples = []
     for batch, past, new in ((2, 5, 3), (3, 11, 7)):
         sizes = {"q": (batch, HEADS, new, SIZE), "k": (batch, SHARED, new, SIZE), "past_k": (batch, SHARED, past, SIZE)}

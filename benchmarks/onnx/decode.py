@@ -1,0 +1,140 @@
+"""Tokens per second of an export for ONNX Runtime GenAI beside those of GenAI's own model builder, in one run.
+
+    python -m benchmarks.onnx.decode                      # the random model, 5 rounds
+    python -m benchmarks.onnx.decode --rounds 2 --layers 2 --hidden 256 --heads 4 --vocabulary 4096
+    python -m benchmarks.onnx.decode --model FOLDER
+
+Both write the same weights, in fp32 and in int4. Each round decodes with one and then with the other, in an order that
+alternates, and a ratio is the median of the rounds' ratios: what else the machine does falls on both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import onnxruntime_genai as genai
+import torch
+from onnxruntime_genai.models.builder import create_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import surgeon
+
+RESULT = Path(__file__).parents[1] / "results" / "onnx_decode.json"
+TOKENIZER = Path(__file__).parents[3] / "shared" / "models" / "pystdlib-llama"
+PRECISIONS = ("fp32", "int4")
+WEIGHTS = (".onnx", ".data", ".onnx_data", ".safetensors")
+
+
+def random_model(folder: Path, layers: int, hidden: int, heads: int, vocabulary: int) -> Path:
+    """A Llama with grouped queries, and the tokenizer that the builder asks for."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=hidden * 11 // 4 // 64 * 64,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=max(1, heads // 4),
+        max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TOKENIZER / name, folder / name)
+    return folder
+
+
+def by_builder(model: Path, out: Path, precision: str) -> Path:
+    """The builder's export; what it prints goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr):
+        create_model("", str(model), str(out), precision, "cpu", str(out.parent / "cache"))
+    return out
+
+
+def by_surgeon(model: Path, out: Path, precision: str) -> Path:
+    """Ours."""
+    surgeon.export(model, out, profile="genai", precision=precision)
+    return out
+
+
+def opened(folder: Path) -> Any:
+    """GenAI's model, on one thread."""
+    config = genai.Config(str(folder))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": 1}}}}))
+    return genai.Model(config)
+
+
+def decoded(model: Any, prompt: list[int], steps: int) -> tuple[float, list[int]]:
+    """Tokens per second after the prompt, and the tokens."""
+    params, total = genai.GeneratorParams(model), len(prompt) + steps + 1
+    params.set_search_options(max_length=total, min_length=total, do_sample=False)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(prompt)
+    generator.generate_next_token()
+    began = time.perf_counter()
+    for _ in range(steps):
+        generator.generate_next_token()
+    seconds = time.perf_counter() - began
+    return steps / seconds, [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
+
+
+def size(folder: Path) -> int:
+    """Bytes of graph and weights."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.name.endswith(WEIGHTS))
+
+
+def compared(folders: dict[str, Path], rounds: int, past: int, steps: int) -> dict[str, Any]:
+    """Both, alternating."""
+    models = {name: opened(folder) for name, folder in folders.items()}
+    prompt = [3 + 7 * i % 1000 for i in range(past)]
+    speeds: dict[str, list[float]] = {name: [] for name in models}
+    tokens = {name: decoded(model, prompt, steps)[1] for name, model in models.items()}  # and warms up
+    for number in range(rounds):
+        for name in sorted(models, reverse=number % 2 == 1):
+            speeds[name].append(decoded(models[name], prompt, steps)[0])
+    ratios = [ours / theirs for ours, theirs in zip(speeds["surgeon"], speeds["builder"], strict=True)]
+    same = [a == b for a, b in zip(tokens["surgeon"], tokens["builder"], strict=True)]
+    return {
+        "tokens_per_second": {name: statistics.median(found) for name, found in speeds.items()},
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "bytes": {name: size(folder) for name, folder in folders.items()},
+        "size_ratio": size(folders["surgeon"]) / size(folders["builder"]),
+        "same_tokens_until": same.index(False) if False in same else len(same),
+    }
+
+
+def main() -> None:
+    """Export, decode, print, and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--hidden", type=int, default=640)
+    parser.add_argument("--heads", type=int, default=10)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--past", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        model = args.model or random_model(root / "model", args.layers, args.hidden, args.heads, args.vocabulary)
+        result: dict[str, Any] = {"options": {k: str(v) for k, v in vars(args).items() if k != "out"}}
+        for precision in PRECISIONS:
+            folders = {
+                "builder": by_builder(model, root / f"builder-{precision}", precision),
+                "surgeon": by_surgeon(model, root / f"surgeon-{precision}", precision),
+            }
+            result[precision] = compared(folders, args.rounds, args.past, args.steps)
+            print(precision, json.dumps(result[precision]), flush=True)
+    args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
