@@ -11,10 +11,10 @@ alternates, and a ratio is the median of the rounds' ratios: what else the machi
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +23,6 @@ from typing import Any
 
 import onnxruntime_genai as genai
 import torch
-from onnxruntime_genai.models.builder import create_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import surgeon
@@ -49,9 +48,9 @@ def random_model(folder: Path, layers: int, hidden: int, heads: int, vocabulary:
 
 
 def by_builder(model: Path, out: Path, precision: str) -> Path:
-    """The builder's export; what it prints goes to stderr."""
-    with contextlib.redirect_stdout(sys.stderr):
-        create_model("", str(model), str(out), precision, "cpu", str(out.parent / "cache"))
+    """The builder's export, with its own defaults; what it prints goes to stderr."""
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", model, "-o", out, "-p", precision]
+    subprocess.run([*command, "-e", "cpu", "-c", out.parent / "cache"], check=True, stdout=sys.stderr)
     return out
 
 
