@@ -16,7 +16,7 @@ from surgeon import run
 from surgeon.fold import folds
 from surgeon.graph import Graph, copied
 from surgeon.hold import held_value, holders
-from surgeon.lower.onnx import codes
+from surgeon.lower.onnx import codes, products
 from surgeon.lower.onnx.parts import lower_part
 from surgeon.module import read_tensor
 from surgeon.passes import make
@@ -28,8 +28,8 @@ def first_linear(graph: Graph, four_bit: str) -> tuple[fx.Node, list[torch.Tenso
     """The first linear of a prepared graph's first layer, with its tensors."""
     path, layer = next(iter(graph.layers.items()))
     part, _ = copied(layer)
-    codes.place(part, f"{path}.", graph, four_bit)
-    kinds = (codes.by_integers, codes.by_book, codes.by_bnb4, torch.ops.aten.linear.default)
+    codes.place(part, f"{path}.", graph, codes.Form(four_bit))
+    kinds = (products.by_integers, products.by_book, products.by_bnb4, torch.ops.aten.linear.default)
     node = next(node for node in part.nodes if node.target in kinds)
     names = [f"{path}.{n.target}" for n in node.all_input_nodes if n.op == "get_attr"]
     return node, [read_tensor(graph, graph.resolve(name), None, torch.device("cpu")) for name in names]
@@ -56,7 +56,7 @@ def computed(
 
 def checked(graph: Graph, folder: Path, four_bit: str = "standard") -> set[str]:
     """The operators of the first linear, which computes what its codes decode to."""
-    node, tensors = first_linear(codes.prepared(graph), four_bit)
+    node, tensors = first_linear(codes.prepared(graph, codes.Form(four_bit)), four_bit)
     name = next(name for name, spec in graph.tensors.items() if spec.held is not None)
     weight = held_value(graph, name).double()
     x = torch.randn(2, 3, weight.shape[1], generator=torch.Generator().manual_seed(0))
