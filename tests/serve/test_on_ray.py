@@ -62,7 +62,7 @@ def test_a_request_that_is_left_is_told_so() -> None:
 
 
 @pytest.fixture
-def client(shared: Path, tmp_path: Path) -> Iterator[tuple[openai.OpenAI, Path]]:
+def client(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[openai.OpenAI, Path]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -70,6 +70,9 @@ def client(shared: Path, tmp_path: Path) -> Iterator[tuple[openai.OpenAI, Path]]
     for number in range(4):
         graph = randomised(run.apply(base, make("lora", rank=2 + number)), seed=number, std=0.05)
         store.save(graph, tmp_path / "adapters" / f"a{number}")
+    # Ray gives its agents seconds to start and its workers the lowest priority: on a busy machine they never do.
+    monkeypatch.setenv("RAY_agent_register_timeout_ms", "300000")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     ray.init(num_cpus=2, object_store_memory=80 << 20, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     given = {"base": base.source, "name": "base", "adapters": str(tmp_path / "adapters"), "pool": str(32 << 20)}
