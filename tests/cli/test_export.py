@@ -94,7 +94,7 @@ def test_hf_is_merge(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     [
         (["--target", "onxx"], 2, "onnx"),
         (["--precision", "fp61"], 2, "fp16"),
-        (["--four-bit", "int4"], 2, "bnb4"),
+        (["--four-bit", "int5"], 2, "bnb4"),
     ],
 )
 def test_wrong_options_suggest_right_ones(
