@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -128,8 +129,9 @@ def test_a_browser_generates_with_every_adapter_what_torch_does(shared: Path, tm
     """The runtime comes from npm, the page from a plain file server, and nothing from anywhere else."""
     base = shared / "models" / "pystdlib-llama"
     expected = {"base": greedy(surgeon.load(base))}
+    options: dict[str, dict[str, Any]] = {"lora": {"rank": 4}, "ia3": {}}
     for name, method, std in (("one", "lora", 0.1), ("two", "ia3", 0.5)):
-        model = nudged(surgeon.apply(base, method), std)
+        model = nudged(surgeon.apply(base, method, **options[method]), std)
         expected[name] = greedy(model)
         model.save(tmp_path / name)
     assert len({tuple(tokens) for tokens in expected.values()}) == 3
