@@ -100,7 +100,7 @@ def compiled(graph: Graph, record: Mapping[str, Any], where: str = "") -> Tensor
     tensors: Tensors = {}
     for path, site in linears.items():
         if path in found or site.bias in biases:
-            tensors.update(_linear(plain, site, found.get(path, []), biases.get(site.bias)))
+            tensors.update(_linear(plain, site, found.get(path, [])))
     tensors.update(_prefix(plain, record, where))
     if not tensors:
         raise UsageError("there is no adapter: it changes nothing of the base", where, "name an adapter's folder")
@@ -132,14 +132,20 @@ def _check_slots(graph: Graph, paths: list[str], trained: Tensors, linears: Mapp
         raise UnsupportedError(what, where, f"export with slots there (--targets), or {_MERGE}")
 
 
-def _linear(graph: Graph, site: Site, items: list[Fold], trained: torch.Tensor | None) -> Tensors:
+def _linear(graph: Graph, site: Site, items: list[Fold]) -> Tensors:
     bias = value_of(graph, site.bias).float() if site.bias else None
     made = fold.normals(items, lambda: site.matrix(value_of(graph, site.weight).float()), lambda: bias)
     normal = functools.reduce(lambda inner, outer: compose(outer, inner), made).factored() if made else Normal()
     if normal.replaced is not None:
         raise UnsupportedError("rows of the weight are replaced, and there is no slot for rows", site.path, _MERGE)
     found = _factors(normal)
-    values = {A: found[0], B: found[1], IN: normal.u, OUT: normal.s, SHIFT: _shift(normal, bias, trained)}
+    values = {
+        A: found[0],
+        B: found[1],
+        IN: normal.u,
+        OUT: normal.s,
+        SHIFT: _shift(normal, bias, graph.values[site.bias].float() if site.bias else None),
+    }
     return {f"{site.path}.{leaf}": value for leaf, value in values.items() if value is not None}
 
 
@@ -151,12 +157,15 @@ def _factors(normal: Normal) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     return a.t(), (normal.b.float() * (normal.scale / normal.divisor)).t()
 
 
-def _shift(normal: Normal, bias: torch.Tensor | None, trained: torch.Tensor | None) -> torch.Tensor | None:
-    """What the scaled output is short of the adapter's bias: b' - s ⊙ b."""
-    if bias is None:
+def _shift(normal: Normal, bias: torch.Tensor | None, base: torch.Tensor | None) -> torch.Tensor | None:
+    """What the scaled output is short of the adapter's bias b': b' - s ⊙ b, of the base's bias b.
+
+    The adapter's is that of its normal form, or `bias`, which may have trained with it.
+    """
+    if bias is None or base is None:
         return None
-    wanted = normal.bias if normal.bias is not None else trained if trained is not None else bias
-    found = wanted.float() - (bias if normal.s is None else normal.s.float() * bias)
+    wanted = bias if normal.bias is None else normal.bias.float()
+    found = wanted - (base if normal.s is None else normal.s.float() * base)
     return found if bool((found != 0).any()) else None
 
 

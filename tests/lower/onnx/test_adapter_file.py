@@ -44,7 +44,13 @@ EACH = [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for na
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama for GenAI with optional slots, prefixes among them."""
-    options: dict[str, Any] = {"profile": "genai", "prefix_slots": True, "adapters": "slots", "verify": False}
+    options: dict[str, Any] = {
+        "profile": "genai",
+        "prefix_slots": True,
+        "adapters": "slots",
+        "verify": False,
+        "weights": "copy",
+    }
     return export.export_onnx(base_of("llama")[1], tmp_path_factory.mktemp("file") / "onnx", **options).folder
 
 
