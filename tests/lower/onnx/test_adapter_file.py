@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -23,6 +22,7 @@ from surgeon.lower.onnx import adapter_file, adapter_slots, adapters, check, exp
 from surgeon.passes import make
 from surgeon.replaced import Held
 from surgeon.stream import StreamingExecutor
+from surgeon.verification import make_probes
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {"rank": 3, "targets": "all-linear"}),
@@ -192,19 +192,20 @@ def test_parts_without_a_slot_are_named(record: dict[str, Any]) -> None:
         adapter_slots.compiled(base, record)
 
 
-def test_an_adapter_that_computes_something_else_leaves_nothing(
-    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_adapter_that_computes_something_else_is_no_export(
+    exported: Path, record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    graph = base_of("llama")[1]
-    monkeypatch.setattr(export, "build", lambda *_, **__: ir.load(exported / export.MODEL))
-    monkeypatch.setattr(
-        adapters, "compiled", lambda *given: {k: v * 2 for k, v in adapter_slots.compiled(*given).items()}
-    )
-    options: dict[str, Any] = {"prefix_slots": True, "adapters": "slots", "weights": "copy"}
+    """What an export asks of each of its adapters, whose folder is gone when this raises."""
+    compiled = adapter_slots.compiled
+    monkeypatch.setattr(adapters, "compiled", lambda *of: {name: 2 * value for name, value in compiled(*of).items()})
+    probes = make_probes(base_of("llama")[1], length=8)
+
+    def replayed(graph: Graph, fed: adapter_file.Loaded) -> check.Replay:
+        return check.replay(graph, exported / "model.onnx", probes, torch.float32, 3, fed)
+
     with pytest.raises(CheckFailed, match="with the adapter mine") as failed:
-        export.export_onnx(graph, tmp_path / "onnx", given={"mine": adapted("dora")}, **options)
+        adapters.put({"mine": adapted("dora")}, record, tmp_path, replayed)
     assert failed.value.exit_code == 1
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_trained_biases_are_the_adapter_s() -> None:
