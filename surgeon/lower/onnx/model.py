@@ -17,7 +17,7 @@ from surgeon.lower.onnx.codes import Form, prepared
 from surgeon.lower.onnx.fused import fuse
 from surgeon.lower.onnx.join import WIDE, Joined, Shape, finish, typed
 from surgeon.lower.onnx.parts import META, SIZES, Part, Shapes, input_name, lower_part, lowered, segments, turnable
-from surgeon.lower.onnx.profiles import BLOCKS, DEFAULT, PROFILES, Profile
+from surgeon.lower.onnx.profiles import BLOCKS, DEFAULT, GQA, PROFILES, Profile
 from surgeon.module import read_tensor
 
 BATCH, NEW, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
@@ -46,7 +46,7 @@ def build(
     Raises:
         UnsupportedError: a part of the graph has no ONNX form.
     """
-    form = Form(four_bit, level, profile.integers == BLOCKS)
+    form = Form(four_bit, level, profile.integers == BLOCKS, profile.attention == GQA and dtype == torch.float32)
     graph = prepared(graph, form)
     turned = turnable(graph) if turn else set()
     trunk = lowered(graph.trunk, [""], turned, graph, dtype, form)

@@ -21,6 +21,7 @@ from torch import fx
 from surgeon.compile import without_dropout
 from surgeon.errors import UnsupportedError
 from surgeon.graph import INPUT, MODEL_DEVICE, MODEL_DTYPE, Graph, copied, sweep
+from surgeon.lower.onnx import norms
 from surgeon.lower.onnx.codes import Form, place
 from surgeon.lower.onnx.standard import linear, standardise
 
@@ -106,6 +107,7 @@ def lowered(
         if target not in tensors:
             with fresh.inserting_after(last):
                 last = tensors[target] = fresh.placeholder("tensor_" + target.replace(".", "_"))
+            last.meta["val"] = node.meta.get("val")
         if all(graph.resolve(prefix + target) in turned for prefix in prefixes):
             for user in node.users:
                 user.target = linear
@@ -116,6 +118,8 @@ def lowered(
             node.kwargs = fx.node.map_arg(node.kwargs, lambda n: constants.get(n, n))
         if isinstance(node.kwargs.get("device"), torch.device):
             node.kwargs = {**node.kwargs, "device": META}
+    if form.norms:
+        norms.fuse(fresh)
     standardise(fresh)
     sweep(fresh)
     return Part(fresh, tuple(tensors))
