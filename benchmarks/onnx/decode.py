@@ -82,8 +82,8 @@ def decoded(model: Any, prompt: list[int], steps: int) -> tuple[float, list[int]
 
 
 def size(folder: Path) -> int:
-    """Bytes of graph and weights."""
-    return sum(path.stat().st_size for path in folder.iterdir() if path.name.endswith(WEIGHTS))
+    """Bytes of graph and weights, those that are bound among them."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.name.endswith(WEIGHTS))
 
 
 def compared(folders: dict[str, Path], rounds: int, past: int, steps: int) -> dict[str, Any]:
