@@ -82,7 +82,9 @@ class listening:
     def __init__(self, app: Any) -> None:
         self.socket = socket.socket()
         self.socket.bind(("127.0.0.1", 0))
-        self.uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))
+        # Kept alive for longer than a busy machine may pause between two requests of a client.
+        options: dict[str, Any] = {"log_level": "error", "timeout_graceful_shutdown": 2, "timeout_keep_alive": 600}
+        self.uvicorn = uvicorn.Server(uvicorn.Config(app, **options))
         self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [self.socket]}, daemon=True)
 
     def __enter__(self) -> str:
