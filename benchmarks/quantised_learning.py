@@ -1,6 +1,7 @@
 """What adapters over a quantised base learn, and what is left of it once they are deployed in few bits.
 
     OMP_NUM_THREADS=1 python -m benchmarks.quantised_learning            # resumes; `minutes` in the result
+    python -m benchmarks.quantised_learning --bits 2 --steps 1200 --rates 0.007 --out benchmarks/results/two_bits.json
     python -m benchmarks.quantised_learning --seeds 1 --steps 5 --rates 0.002 --out /tmp/tried.json
 
 Base: ../shared/models/pystdlib-llama, trained on Python; new domain: ../shared/data/c_headers, C header files, on which
@@ -16,8 +17,8 @@ A run is a method over a grid; its rows are the ways to deploy it:
     zero-points  QA-LoRA's merge: codes and scales stay, nothing is lost
 
 With the first seed every run is made at the rates given, and at half and twice those until the best for each of its
-ways is neither the lowest nor the highest; the other seeds run at the best. QA-LoRA's zero points are GPTQ's own where
-its base is.
+ways is neither the lowest nor the highest; the other seeds run at the best. One rate alone is taken as it is. QA-LoRA's
+zero points are GPTQ's own where its base is.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,17 @@ OLD = SHARED / "data/pystdlib_long.heldout.jsonl"
 RESULT = Path(__file__).parent / "results" / "quantised_learning.json"
 RANK, ALPHA, GROUP, BATCH, HELD_OUT = 16, 32.0, 32, 4, 96
 MOST_RATES = 5
-QALORA_RATE = 1 / 4
+QALORA_RATE = 1 / 2
 """QA-LoRA's adapters read sums of 32 inputs, about √32 times as large: its rates are smaller by this."""
 
 
-def grids() -> list[str]:
+BITS = (4, 3, 2)
+
+
+def grids(bits: Sequence[int] = BITS) -> list[str]:
     """Names of the grids; integers are the nearest ones, or GPTQ's on the training file."""
-    plain = ["nf4", "int4", "int3", "int2"]
-    return [*plain, *(f"{name} gptq" for name in plain[1:])]
+    whole = [f"int{count}" for count in bits]
+    return [*(["nf4"] if 4 in bits else []), *whole, *(f"{name} gptq" for name in whole)]
 
 
 def quantiser(grid: str) -> Any:
@@ -62,10 +66,10 @@ def quantiser(grid: str) -> Any:
     return make("intq", bits=int(grid[3]), group=GROUP, **options)
 
 
-def runs() -> list[tuple[str, str]]:
+def runs(bits: Sequence[int]) -> list[tuple[str, str]]:
     """(method, grid of its base) of every run; "fp32" is no grid."""
-    low = [grid for grid in grids() if grid != "nf4"]
-    plain = [grid for grid in grids() if not grid.endswith("gptq")]
+    low = [grid for grid in grids(bits) if grid != "nf4"]
+    plain = [grid for grid in grids(bits) if not grid.endswith("gptq")]
     return [("lora", "fp32"), *(("qlora", grid) for grid in plain), *(("qalora", grid) for grid in low)]
 
 
@@ -78,9 +82,10 @@ class Setting:
     new: Any
     old: Any
     steps: int
+    bits: Sequence[int] = BITS
 
 
-def setting(steps: int, length: int) -> Setting:
+def setting(steps: int, length: int, bits: Sequence[int] = BITS) -> Setting:
     """The samples."""
     from surgeon.api import tokenizer_of
     from surgeon.render import load_data
@@ -89,7 +94,7 @@ def setting(steps: int, length: int) -> Setting:
     with tempfile.TemporaryDirectory() as folder:
         train, new, old = (load_data(file, tokenizer, length) for file in (TRAIN, unseen(Path(folder)), OLD))
     new, old = (dataclasses.replace(data, samples=data.samples[:HELD_OUT]) for data in (new, old))
-    return Setting(tokenizer, train, new, old, steps)
+    return Setting(tokenizer, train, new, old, steps, bits)
 
 
 def loss_of(graph: Any, data: Any, of: Setting) -> float:
@@ -109,7 +114,7 @@ def base_rows(of: Setting) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]
         graph = graph if grid == "fp32" else run.apply(graph, quantiser(grid))
         return {"new": loss_of(graph, of.new, of), "old": loss_of(graph, of.old, of)}
 
-    for grid in ("fp32", *grids()):
+    for grid in ("fp32", *grids(of.bits)):
         yield f"base | {grid}", lambda grid=grid: measured(grid)
 
 
@@ -128,11 +133,11 @@ def trained(method: str, grid: str, rate: float, seed: int, of: Setting) -> dict
             lr=rate * (QALORA_RATE if method == "qalora" else 1), progress=False,
         )  # fmt: skip
     seconds = time.process_time() - began
-    ways = {way: loss_of(make(), of.new, of) for way, make in deployed(model.trained(), method, grid)}
+    ways = {way: loss_of(make(), of.new, of) for way, make in deployed(model.trained(), method, grid, of.bits)}
     return {"ways": ways, "seconds": round(seconds, 1)}
 
 
-def deployed(graph: Any, method: str, grid: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+def deployed(graph: Any, method: str, grid: str, bits: Sequence[int]) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The ways to deploy a run, with what makes the graph."""
     from surgeon import run
     from surgeon.fold import fold
@@ -149,7 +154,7 @@ def deployed(graph: Any, method: str, grid: str) -> Iterator[tuple[str, Callable
         return
     if grid != "fp32":
         yield f"own grid {grid}", lambda: run.apply(fold(graph), quantiser(grid))
-    for target in grids() if grid == "fp32" else dict.fromkeys([grid, *(["int4"] if grid == "nf4" else [])]):
+    for target in grids(bits) if grid == "fp32" else dict.fromkeys([grid, *(["int4"] if grid == "nf4" else [])]):
         yield f"original {target}", lambda target=target: original(target)
 
 
@@ -187,7 +192,7 @@ def measure(results: Results, of: Setting, seeds: int, rates: list[float]) -> No
         name = f"{method} | {grid} | {rate:g} | {seed}"
         return results.row(name, lambda: trained(method, grid, rate, seed, of))
 
-    first = {run: searched(lambda rate, run=run: one(*run, rate, 0)["ways"], rates) for run in runs()}
+    first = {run: searched(lambda rate, run=run: one(*run, rate, 0)["ways"], rates) for run in runs(of.bits)}
     for seed in range(1, seeds):
         for run, tried in first.items():
             for rate in sorted(set(best_rates(tried).values())):
@@ -197,7 +202,7 @@ def measure(results: Results, of: Setting, seeds: int, rates: list[float]) -> No
 def searched(losses: Callable[[float], dict[str, float]], rates: list[float]) -> dict[float, dict[str, float]]:
     """Rate → losses of all ways: of `rates`, and by doublings beyond them until every way's best lies between two."""
     tried = {rate: losses(rate) for rate in rates}
-    while len(tried) < MOST_RATES:
+    while 1 < len(tried) < MOST_RATES:
         best, low, high = set(best_rates(tried).values()), min(tried), max(tried)
         if high in best:
             tried[high * 2] = losses(high * 2)
@@ -214,14 +219,14 @@ def best_rates(tried: dict[float, dict[str, float]]) -> dict[str, float]:
     return {way: min(tried, key=lambda rate: tried[rate][way]) for way in ways}
 
 
-def table(results: Results, seeds: int) -> str:
+def table(results: Results, seeds: int, bits: Sequence[int]) -> str:
     """The perplexities, in Markdown."""
     lines = ["| base | new domain | old domain |", "|---|---|---|"]
     for name, row in results.rows.items():
         if name.startswith("base"):
             lines.append(f"| {name.split(' | ')[1]} | {math.exp(row['new']):.2f} | {math.exp(row['old']):.2f} |")
     lines += ["", "| method | base | deployed | rate | perplexity, new domain | seeds |", "|" + "---|" * 6]
-    for method, grid in runs():
+    for method, grid in runs(bits):
         start = f"{method} | {grid}"
         names = [name.split(" | ") for name in results.rows if name.startswith(f"{start} | ")]
         tried = {float(rate): results.rows[f"{start} | {rate} | 0"]["ways"] for *_, rate, seed in names if seed == "0"}
@@ -241,6 +246,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float, default=[3.5e-3, 7e-3, 1.4e-2])
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--bits", nargs="+", type=int, default=list(BITS), choices=BITS)
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     told = {
@@ -250,10 +256,11 @@ def main() -> None:
         "rank": RANK,
         "alpha": ALPHA,
         "group": GROUP,
+        "bits": options.bits,
     }
     results = Results(options.out, told)
-    measure(results, setting(options.steps, options.length), options.seeds, options.rates)
-    text = table(results, options.seeds)
+    measure(results, setting(options.steps, options.length, options.bits), options.seeds, options.rates)
+    text = table(results, options.seeds, options.bits)
     options.out.with_suffix(".md").write_text(f"{text}\n")
     print(text)
 

@@ -1,10 +1,11 @@
 """Products with weights in codes by packed CPU kernels: for inference, nothing is dequantised.
 
-In bf16 and for few tokens a product that reads codes is 10 to 40 × faster than decoding the weight first, and faster
-than the same product with a bf16 weight (benchmarks/packed.py). Two kernels exist: torch's for group-wise integers of
-up to 4 bits, and bitsandbytes' for NF4 and FP4, where it is installed and the processor has AVX-512 BF16. With more
-tokens, for 8 bits or other group sizes weights are decoded, and so they are in fp32 and fp16, where torch's kernel is
-not vectorised: slower than decoding even for one token (7.5 ms beside 6.9 for 2,048 × 2,048), 12 × for 64.
+In bf16 a product that reads codes is 20 to 40 × faster than decoding the weight first for up to 4 tokens, where it is
+faster than the same product with a bf16 weight too, and 5 to 9 × for 16 (benchmarks/packed.py). Two kernels exist:
+torch's for group-wise integers of up to 4 bits, and bitsandbytes' for NF4 and FP4, where it is installed and the
+processor has AVX-512 BF16. With more tokens, for 8 bits or other group sizes weights are decoded, and so they are in
+fp32 and fp16, where torch's kernel is not vectorised: slower than decoding even for one token (7.5 ms beside 6.9 for
+2,048 × 2,048), 12 × for 64.
 
 Results are as near to the exact product as those of a decoded bf16 weight (2.5e-3 of their norm on normal weights), and
 not the same bits. So these kernels run only inside `packed_products`, as generating, evaluating and serving do, and
