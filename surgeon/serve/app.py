@@ -89,7 +89,10 @@ def _text(app: FastAPI, server: Server) -> None:
         answering = await server.answer(body)
         if body.stream:
             return StreamingResponse(_streamed(answering), media_type="text/event-stream")
-        return JSONResponse(await _unless_gone(answering, request))
+        try:
+            return JSONResponse(await _unless_gone(answering, request))
+        except Exception as error:  # of a step; whoever answers it for us closes the connection too
+            return refusal(error)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:

@@ -139,7 +139,7 @@ def test_unknown_command_suggests_the_nearest() -> None:
     result = surgeon("docter")
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr == "no command named 'docter'\n  where: surgeon\n  try:   did you mean doctor?\n"
+    assert result.stderr == "no command named 'docter'\n  where: surgeon\n  try:   did you mean doctor, adapter?\n"
 
 
 def test_unknown_option_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -241,4 +241,5 @@ def test_a_failing_step_fails_its_requests_alone(client: httpx.Client, running: 
 
     monkeypatch.setattr(engine, "step", broken)
     assert "no memory left" in told(client.post("/v1/completions", json=GOOD), 500)
+    assert client.post("/v1/completions", json=GOOD).status_code == 200, "on the same connection"
     assert engine.memory.promised == 0
