@@ -11,8 +11,8 @@ import torch
 from surgeon import run
 from surgeon.graph import Graph
 from surgeon.lower.onnx.check import replay
-from surgeon.lower.onnx.export import exportable
 from surgeon.lower.onnx.model import build
+from surgeon.lower.onnx.ready import exportable
 from surgeon.passes import make
 from surgeon.verification import make_probes
 

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from surgeon.cli import output
 from surgeon.errors import UsageError
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from surgeon.lower.onnx.bind import Placed
-    from surgeon.lower.onnx.export import OnnxReport
-    from surgeon.lower.onnx.precision import Linear
 
 
 def command(
@@ -87,7 +79,6 @@ def command(
     """
     from surgeon import lower
 
-    where = out or Path(target)
     options: dict[str, Any] = {"base": base, "rank": rank, "overwrite": overwrite, "verify": verify}
     if target == "triton":
         options |= {"precision": precision, "keep_adapter": keep_adapter}
@@ -99,17 +90,30 @@ def command(
         options |= {"adapters": adapters, "targets": targets, "prefix_slots": prefix_slots, "adapter": adapter or []}
         options |= {"demo": True, "runtime": runtime} if demo else {}
     apart = "" if adapters == "merge" else adapters
-    for name, value in (("--profile", profile), ("--weights", weights), ("--demo", demo), ("--adapters", apart)):
-        if value and target != "onnx":
-            raise UsageError(f"{name} is for --target onnx", f"--target {target}", "leave it out")
+    require(target, "onnx", {"--profile": profile, "--weights": weights, "--demo": demo, "--adapters": apart})
+    require(target, "triton", {"--arch": arch, "--keep-adapter": keep_adapter is not None})
     if adapters == "merge" and (adapter or prefix_slots or targets != "all-linear"):
         what = "--adapter, --targets and --prefix-slots are for an export whose adapters are inputs"
         raise UsageError(what, f"--adapters {adapters}", "--adapters slots")
-    for name, given in (("--arch", arch), ("--keep-adapter", keep_adapter is not None)):
-        if given and target != "triton":
-            raise UsageError(f"{name} is for --target triton", f"--target {target}", "leave it out")
-    report = lower.export(folder, where, target=target, **options)
+    tell(target, lower.export(folder, out or Path(target), target=target, **options), json)
+
+
+def require(target: str, needed: str, given: Mapping[str, Any]) -> None:
+    """Options that only one target has.
+
+    Raises:
+        UsageError: one is given for another.
+    """
+    for name, value in given.items():
+        if value and target != needed:
+            raise UsageError(f"{name} is for --target {needed}", f"--target {target}", "leave it out")
+
+
+def tell(target: str, report: Any, json: bool) -> None:
+    """Print the report of a target."""
     if target == "onnx":
+        from surgeon.cli.export_report import summary, view
+
         output.emit(summary(report), json, view(report))
     elif target == "triton":
         from surgeon.lower.triton import summary as built
@@ -121,83 +125,3 @@ def command(
         from surgeon.cli.merge import summary as merged
 
         output.emit(merged(report), json)
-
-
-def summary(report: OnnxReport) -> dict[str, Any]:
-    """What `--json` prints."""
-    replay = report.replay
-    return {
-        "folder": report.folder,
-        "files": report.files,
-        "precision": report.precision,
-        "opset": report.opset,
-        "profile": report.profile,
-        "attention": report.attention,
-        "linears": report.linears,
-        "change": report.change,
-        "fallbacks": report.fallbacks,
-        "weights": {
-            "form": report.weights.form,
-            "note": report.weights.note,
-            "bound": report.weights.bound,
-            "written": report.weights.written,
-        },
-        "max_error": report.max_error,
-        "bound": report.bound,
-        "because": replay.because if replay else "not verified",
-        "token_agreement": report.token_agreement,
-        "steps": replay.steps if replay else 0,
-        "seconds": report.seconds,
-        "peak_rss_bytes": report.peak_rss_bytes,
-    }
-
-
-def view(report: OnnxReport) -> RenderableType:
-    """The same for people: the files, and what ONNX Runtime said."""
-    from rich.console import Group
-
-    files = ", ".join(f"{name} {output.size(size)}" for name, size in report.files.items())
-    fields = {"wrote": str(report.folder), "files": files, "profile": report.profile}
-    fields["precision"] = f"{report.precision}, opset {report.opset}"
-    fields["attention"] = {"gqa": "GroupQueryAttention"}.get(report.attention, "standard operators")
-    for why, paths in report.fallbacks.items():
-        fields["attention"] += f"; no GroupQueryAttention: {why} ({paths[0]}{', …' if len(paths) > 1 else ''})"
-    fields["weights"] = weights_line(report.weights)
-    replay = report.replay
-    if replay:
-        rows = sum(len(batch.prompts) for batch in replay.batches)
-        done = f"{replay.steps} greedy tokens × {rows} rows" if replay.steps else f"{rows} texts"
-        what = "tokens" if replay.steps else "predictions"
-        fields["replayed"] = f"{done} in ONNX Runtime: {replay.token_agreement:.1%} of {what} agree"
-        fields["max |Δlogit|"] = f"{replay.max_error:.3g}, may be {replay.bound:.3g} ({replay.because})"
-    else:
-        fields["replayed"] = "no: --no-verify"
-    if "index.html" in report.files:
-        fields["serve it"] = f"python -m http.server --bind 127.0.0.1 --directory {report.folder} 8000"
-    if report.change is not None:
-        fields["rounding"] = f"changes the outputs by {report.change:.2%} ‖found − exact‖ / ‖exact‖"
-    fields["took"] = f"{report.seconds:.1f} s, peak {output.size(report.peak_rss_bytes)}"
-    return Group(decisions(report.linears), output.fields(fields)) if report.linears else output.fields(fields)
-
-
-def weights_line(placed: Placed) -> str:
-    """Where the tensors are, in words."""
-    written = f"{output.size(placed.written)} written"
-    if placed.form == "bind":
-        written = f"{output.size(placed.bound)} bound to the checkpoint's own files, {written}"
-    return f"{written}; {placed.note}" if placed.note else written
-
-
-def decisions(linears: Sequence[Linear]) -> RenderableType:
-    """What became of the linears, those of one name in one row: the least retention and the largest error."""
-    rows: dict[tuple[str, str, int], list[Linear]] = {}
-    for linear in linears:
-        name = re.sub(r"\.\d+\.", ".*.", linear.path)
-        rows.setdefault((name, linear.how, linear.bits), []).append(linear)
-    shown = []
-    for (name, how, bits), group in rows.items():
-        kept = [linear.retention for linear in group if linear.retention is not None]
-        worst = f"{min(kept):.2f}" if kept else ""
-        shown.append((name, len(group), how, bits or "", worst, f"{max(linear.error for linear in group):.2%}"))
-    columns = ("linear", "layers", "weights", "bits", "adapter kept", "error")
-    return output.table("", columns, shown, right=columns[1:2] + columns[3:])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,30 +18,23 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from surgeon import run
 from surgeon.atomic import atomic_folder, check_target
-from surgeon.errors import UnsupportedError, UsageError, nearest
-from surgeon.finalise import finalise
+from surgeon.errors import UsageError, nearest
 from surgeon.graph import Graph
 from surgeon.lower.onnx import adapters as apart
-from surgeon.lower.onnx import beside, genai, gqa, slots, web
+from surgeon.lower.onnx import beside, genai, slots, web
 from surgeon.lower.onnx import demo as page
 from surgeon.lower.onnx import once as run_once
 from surgeon.lower.onnx.adapter_file import as_loaded
-from surgeon.lower.onnx.adapter_slots import base_of
 from surgeon.lower.onnx.bind import COPY, Placed, choose, place
 from surgeon.lower.onnx.check import Replay, replay
-from surgeon.lower.onnx.codes import with_codes
 from surgeon.lower.onnx.files import files_of, records
 from surgeon.lower.onnx.model import build
-from surgeon.lower.onnx.precision import BITS, Linear, Quantised, quantised
+from surgeon.lower.onnx.precision import Linear
 from surgeon.lower.onnx.profiles import DEFAULT, GQA, STANDARD, Profile, find
+from surgeon.lower.onnx.ready import Ready, exportable, ready
 from surgeon.lower.onnx.web import layout
-from surgeon.lower.virtual_columns import as_columns
-from surgeon.passes import make
-from surgeon.passes.base import Adapter
-from surgeon.passes.quantiser import Quantiser
-from surgeon.verification import make_probes
+from surgeon.verification import Probe, make_probes
 
 FOUR_BIT = ("standard", "bnb4", "int4")
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.float32, "int4": torch.float32}
@@ -154,121 +147,78 @@ def export_onnx(
         UsageError: no such precision or profile, or `out` exists.
     """
     began = time.perf_counter()
-    if precision not in PRECISIONS:
-        raise UsageError(f"no precision {precision}", "--precision", f"did you mean {nearest(precision, PRECISIONS)}?")
-    if four_bit not in FOUR_BIT:
-        raise UsageError(f"no 4-bit form {four_bit}", "--four-bit", f"one of {', '.join(FOUR_BIT)}")
-    made_for = find(profile)
-    apart.check_form(adapters)
+    made_for = _checked(profile, precision, four_bit, adapters)
     check_target(Path(out), overwrite)
     if demo is not None:
         page.check(made_for, tokenizer)
-    swapped = adapters != apart.MERGE
-    _require_supported(graph)
-    chosen = _quantised(graph, precision, four_bit, adapters) if precision in BITS else None
-    plain = exportable(base_of(graph) if swapped else graph, codes) if chosen is None else _supported(chosen.graph)
-    dtype = PRECISIONS[precision]
-    once = graph.task in run_once.TASKS
-    if made_for.package == "genai":
-        genai.check(plain)
     if prefix_slots:
         made_for = replace(made_for, attention=STANDARD)
-    ready = apart.slotted(plain, made_for, targets, adapters) if swapped else plain
-    final, attention, fallbacks = _final(ready, made_for)
-    if swapped and attention == STANDARD != made_for.attention:
-        standard = replace(made_for, attention=STANDARD)
-        final = run.apply(apart.slotted(plain, standard, targets, adapters), make("kv_cache"))
-    record = apart.manifest(final, plain, made_for, dtype) if swapped else {}
-    form, note = choose(weights, made_for, plain, dtype, Path(out).absolute().parent)
-    model = build(final, dtype, four_bit, made_for, turn=form == COPY, level=1 if chosen is None else FAST)
+    dtype = PRECISIONS[precision]
+    made = ready(graph, made_for, dtype, precision, codes, four_bit, adapters, targets)
+    form, note = choose(weights, made_for, made.plain, dtype, Path(out).absolute().parent)
+    level = 1 if made.chosen is None else FAST
+    model = build(made.final, dtype, four_bit, made_for, turn=form == COPY, level=level)
     names = layout(made_for, precision)
     if made_for.package == web.PACKAGE:
         web.keep_last(model)
     with atomic_folder(out, overwrite=overwrite) as folder:
-        placed = place(model, plain, folder, form, names.data, note)
-        if swapped and made_for.optional_slots:
+        placed = place(model, made.plain, folder, form, names.data, note)
+        if made.record and made_for.optional_slots:
             slots.make_optional(model)
         ir.save(model, folder / names.model)
         del model
-        checked, probes = None, make_probes(plain, tokenizer)
-        if verify:
-            check = run_once.compare if once else replay
-            empty: dict[str, Any] = {"given": as_loaded({}, record)} if swapped else {}
-            relative, reference = (None, plain) if chosen is None else (ACTIVATIONS, _supported(chosen.reference))
-            checked = check(reference, folder / names.model, probes, dtype, relative=relative, **empty)
+        probes = make_probes(made.plain, tokenizer)
+        checked = _replayed(made, folder / names.model, probes, dtype) if verify else None
+        if checked is not None:
             checked.require(str(out))
-        change = chosen.change(exportable(graph, codes=False), probes) if chosen is not None and verify else None
-        if swapped:
-            record["adapters"] = apart.put(
-                {**apart.own(graph), **(given or {})}, record, folder,
+        change = made.chosen.change(exportable(graph, codes=False), probes) if made.chosen and verify else None
+        if made.record:
+            made.record["adapters"] = apart.put(
+                {**apart.own(graph), **(given or {})}, made.record, folder,
                 lambda one, fed: replay(one, folder / names.model, probes, dtype, given=fed) if verify else None,
             )  # fmt: skip
-        beside.write_configs(plain, folder, tokenizer, dtype)
+        beside.write_configs(made.plain, folder, tokenizer, dtype)
         if made_for.package == "genai":
-            genai.write(final, folder, model=MODEL, shared=attention == GQA)
+            genai.write(made.final, folder, model=MODEL, shared=made.attention == GQA)
         web.describe(folder, made_for, names, precision)
         if demo is not None:
-            page.write(folder, names, demo, plain.config.model_type, record)
-        manifest = beside.manifest(plain if swapped else graph, made_for, precision, checked) | record
-        manifest |= {"weights": form, "pad": run_once.pad_of(plain)}
-        manifest["attention"] = beside.attention(attention, fallbacks)
-        if chosen is not None:
-            manifest["quantised"] = {"change": change, "linears": [asdict(linear) for linear in chosen.linears]}
+            page.write(folder, names, demo, made.plain.config.model_type, made.record)
+        manifest = beside.manifest(made.plain if made.record else graph, made_for, precision, checked) | made.record
+        manifest |= _also(made, form, change)
         manifest["files"] = records(folder, set(placed.files) if checked is None else set())
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
         files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files_of(folder)}
     return OnnxReport(
         folder=Path(out), files=files, precision=precision, opset=made_for.opset, profile=profile,
-        attention=attention, fallbacks=fallbacks,
-        weights=placed, linears=chosen.linears if chosen else (), change=change, replay=checked,
+        attention=made.attention, fallbacks=dict(made.fallbacks), weights=placed,
+        linears=made.chosen.linears if made.chosen else (), change=change, replay=checked,
         seconds=time.perf_counter() - began,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )  # fmt: skip
 
 
-def _final(plain: Graph, profile: Profile) -> tuple[Graph, str, dict[str, list[str]]]:
-    """What is lowered, the kind of its attention, and why that is not the profile's."""
-    if plain.task in run_once.TASKS:
-        return run_once.numbered(plain), STANDARD, {}
-    cached = run.apply(plain, make("kv_cache"))
-    if profile.attention != GQA:
-        return cached, STANDARD, {}
-    fused = gqa.fuse(cached)
-    return fused.graph, GQA if fused.fused else STANDARD, {why: list(paths) for why, paths in fused.reasons.items()}
+def _checked(profile: str, precision: str, four_bit: str, adapters: str) -> Profile:
+    """The profile, if all names are known."""
+    if precision not in PRECISIONS:
+        raise UsageError(f"no precision {precision}", "--precision", f"did you mean {nearest(precision, PRECISIONS)}?")
+    if four_bit not in FOUR_BIT:
+        raise UsageError(f"no 4-bit form {four_bit}", "--four-bit", f"one of {', '.join(FOUR_BIT)}")
+    apart.check_form(adapters)
+    return find(profile)
 
 
-def exportable(graph: Graph, codes: bool = True) -> Graph:
-    """The graph with its adapters folded in; a prompt of a language model is keys and values at its attentions.
-
-    With `codes` weights stay in codes (see `surgeon.lower.onnx.codes.with_codes`).
-
-    Raises:
-        UnsupportedError: it is an encoder with a decoder, or something stays that has no place in the export.
-    """
-    _require_supported(graph)
-    return _supported(with_codes(graph) if codes else finalise(graph))
+def _replayed(made: Ready, file: Path, probes: Sequence[Probe], dtype: torch.dtype) -> Replay:
+    """The model without any adapter in its slots, in ONNX Runtime."""
+    check = run_once.compare if made.once else replay
+    empty: dict[str, Any] = {"given": as_loaded({}, made.record)} if made.record else {}
+    relative = None if made.chosen is None else ACTIVATIONS
+    return check(made.reference, file, probes, dtype, relative=relative, **empty)
 
 
-def _quantised(graph: Graph, precision: str, four_bit: str, adapters: str) -> Quantised:
-    if adapters != apart.MERGE:
-        hint = "quantise the base first (surgeon apply --method intq) and export that: its codes are kept"
-        raise UsageError(f"--precision {precision} decides what adapters become", f"--adapters {adapters}", hint)
-    return quantised(graph, precision, four_bit)
-
-
-def _require_supported(graph: Graph) -> None:
-    if graph.task not in ("causal-lm", *run_once.TASKS) or "decoder_input_ids" in graph.inputs:
-        name = graph.config.model_type
-        raise UnsupportedError(
-            f"the ONNX export is for causal language models, classifiers and encoders; {name} is read for {graph.task}",
-            graph.source,
-            "--target hf writes a merged checkpoint of any model",
-        )
-
-
-def _supported(graph: Graph) -> Graph:
-    plain = as_columns(graph) if graph.task == "causal-lm" else graph
-    left = ", ".join(step.name for step in plain.applied if not isinstance(step, (Adapter, Quantiser)))
-    if left:
-        raise UnsupportedError(f"the ONNX export has no place for {left}", graph.source, "export without it")
-    return plain
+def _also(made: Ready, form: str, change: float | None) -> dict[str, Any]:
+    """What the manifest says of weights, padding, attention and integers."""
+    found: dict[str, Any] = {"weights": form, "pad": run_once.pad_of(made.plain)}
+    found["attention"] = beside.attention(made.attention, dict(made.fallbacks))
+    if made.chosen is not None:
+        found["quantised"] = {"change": change, "linears": [asdict(linear) for linear in made.chosen.linears]}
+    return found

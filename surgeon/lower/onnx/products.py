@@ -32,8 +32,7 @@ def by_integers(
 
     def product(x: torch.Tensor) -> torch.Tensor:
         given = [x, codes, scale, *([] if points is None else [points])]
-        result = _symbolic("MatMulNBits", given, options, out)
-        return result if shift is None else result + x.unflatten(-1, (groups, group)).sum(-1) @ shift
+        return shifted(_symbolic("MatMulNBits", given, options, out), x, shift)
 
     result = beside(x, product, *side)
     return result if bias is None else result + bias
@@ -58,11 +57,15 @@ def by_blocks(
     weight = weight.to(x.device)
 
     def product(x: torch.Tensor) -> torch.Tensor:
-        result = x @ weight
-        return result if shift is None else result + x.unflatten(-1, (groups, group)).sum(-1) @ shift
+        return shifted(x @ weight, x, shift)
 
     result = beside(x, product, *side)
     return result if bias is None else result + bias
+
+
+def shifted(result: torch.Tensor, x: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+    """result + pool(x) shift: float zero points beside integer ones, pool sums x `[.., in]` by group."""
+    return result if shift is None else result + x.unflatten(-1, (len(shift), -1)).sum(-1) @ shift
 
 
 def beside(

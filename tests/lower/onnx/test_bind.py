@@ -23,7 +23,7 @@ from surgeon import run
 from surgeon.checkpoint import Checkpoint
 from surgeon.errors import SurgeonError, UsageError
 from surgeon.graph import Graph
-from surgeon.lower.onnx import bind, export
+from surgeon.lower.onnx import bind, export, ready
 from surgeon.lower.onnx.files import FOLDER
 from surgeon.lower.onnx.own_file import DTYPES
 from surgeon.lower.onnx.profiles import PROFILES
@@ -111,7 +111,7 @@ def names_in(graph: Graph) -> list[str]:
 def test_what_was_merged_is_written_and_the_rest_is_bound(tmp_path: Path) -> None:
     graph = run.apply(base_of("llama")[1], make("lora", targets="*.{q,v}_proj", rank=2))
     graph = randomised(graph)
-    plain = export.exportable(graph)
+    plain = ready.exportable(graph)
     found, model = placed(plain, tmp_path / "out", names_in(plain))
     own = {
         name for name, value in model.graph.initializers.items()

@@ -17,7 +17,7 @@ from benchmarks.zoo import build, causal, graphs
 from surgeon import lower, run
 from surgeon.errors import CheckFailed, UnsupportedError, UsageError
 from surgeon.graph import Graph
-from surgeon.lower.onnx import check, export
+from surgeon.lower.onnx import check, export, ready
 from surgeon.lower.onnx import session as ort
 from surgeon.passes import make
 from surgeon.stream import StreamingExecutor
@@ -201,9 +201,9 @@ def test_other_tokens_fail(llama: export.OnnxReport) -> None:
 
 def test_what_is_not_supported_is_said() -> None:
     with pytest.raises(UnsupportedError, match="for causal language models, classifiers and encoders; t5"):
-        export.exportable(graphs.graph_of("t5"))
+        ready.exportable(graphs.graph_of("t5"))
     with pytest.raises(UnsupportedError, match="no place for kv_cache"):
-        export.exportable(run.apply(graphs.graph_of("llama"), make("kv_cache")))
+        ready.exportable(run.apply(graphs.graph_of("llama"), make("kv_cache")))
     with pytest.raises(UsageError, match="fp16"):
         export.export_onnx(graphs.graph_of("llama"), "unused", precision="fp61")
     with pytest.raises(UsageError, match="onnx"):

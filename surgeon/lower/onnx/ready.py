@@ -1,0 +1,132 @@
+"""What is lowered to ONNX, decided before anything is built: which adapters, integers and attention a model gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from surgeon import run
+from surgeon.errors import UnsupportedError, UsageError
+from surgeon.finalise import finalise
+from surgeon.graph import Graph
+from surgeon.lower.onnx import adapters as apart
+from surgeon.lower.onnx import genai, gqa
+from surgeon.lower.onnx import once as run_once
+from surgeon.lower.onnx.adapter_slots import base_of
+from surgeon.lower.onnx.codes import with_codes
+from surgeon.lower.onnx.precision import BITS, Quantised, quantised
+from surgeon.lower.onnx.profiles import GQA, STANDARD, Profile
+from surgeon.lower.virtual_columns import as_columns
+from surgeon.passes import make
+from surgeon.passes.base import Adapter
+from surgeon.passes.quantiser import Quantiser
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A model that can be built.
+
+    Attributes:
+        plain: without cache and slots: what is computed.
+        final: what is lowered.
+        profile: what it is made for, its attention as asked.
+        attention: what computes it, "gqa" or "standard".
+        fallbacks: why not what the profile has: reason → paths of the layers.
+        chosen: of int8 and int4, what became of each linear.
+        record: the manifest of slots, empty where adapters are no inputs.
+    """
+
+    plain: Graph
+    final: Graph
+    profile: Profile
+    attention: str
+    fallbacks: Mapping[str, list[str]]
+    chosen: Quantised | None
+    record: dict[str, Any]
+
+    @property
+    def once(self) -> bool:
+        """Whether it is run once, without a cache."""
+        return self.plain.task in run_once.TASKS
+
+    @property
+    def reference(self) -> Graph:
+        """What ONNX Runtime is compared with."""
+        return self.plain if self.chosen is None else _supported(self.chosen.reference)
+
+
+def ready(
+    graph: Graph, profile: Profile, dtype: torch.dtype, precision: str, codes: bool, four_bit: str,
+    adapters: str, targets: str,
+) -> Ready:  # fmt: skip
+    """Decide; the arguments are those of `surgeon.lower.onnx.export.export_onnx`.
+
+    Raises:
+        UnsupportedError: the model has a decoder with an encoder, or a part of it has no place in the export.
+        UsageError: integers are to be decided for adapters that are not folded in.
+    """
+    _require_supported(graph)
+    swapped = adapters != apart.MERGE
+    chosen = _quantised(graph, precision, four_bit, adapters) if precision in BITS else None
+    plain = exportable(base_of(graph) if swapped else graph, codes) if chosen is None else _supported(chosen.graph)
+    if profile.package == "genai":
+        genai.check(plain)
+    final, attention, fallbacks = _final(
+        apart.slotted(plain, profile, targets, adapters) if swapped else plain, profile
+    )
+    if swapped and attention == STANDARD != profile.attention:
+        standard = replace(profile, attention=STANDARD)
+        final = run.apply(apart.slotted(plain, standard, targets, adapters), make("kv_cache"))
+    record = apart.manifest(final, plain, profile, dtype) if swapped else {}
+    return Ready(plain, final, profile, attention, fallbacks, chosen, record)
+
+
+def _final(plain: Graph, profile: Profile) -> tuple[Graph, str, dict[str, list[str]]]:
+    """What is lowered, the kind of its attention, and why that is not the profile's."""
+    if plain.task in run_once.TASKS:
+        return run_once.numbered(plain), STANDARD, {}
+    cached = run.apply(plain, make("kv_cache"))
+    if profile.attention != GQA:
+        return cached, STANDARD, {}
+    fused = gqa.fuse(cached)
+    return fused.graph, GQA if fused.fused else STANDARD, {why: list(paths) for why, paths in fused.reasons.items()}
+
+
+def exportable(graph: Graph, codes: bool = True) -> Graph:
+    """The graph with its adapters folded in; a prompt of a language model is keys and values at its attentions.
+
+    With `codes` weights stay in codes (see `surgeon.lower.onnx.codes.with_codes`).
+
+    Raises:
+        UnsupportedError: it is an encoder with a decoder, or something stays that has no place in the export.
+    """
+    _require_supported(graph)
+    return _supported(with_codes(graph) if codes else finalise(graph))
+
+
+def _quantised(graph: Graph, precision: str, four_bit: str, adapters: str) -> Quantised:
+    if adapters != apart.MERGE:
+        hint = "quantise the base first (surgeon apply --method intq) and export that: its codes are kept"
+        raise UsageError(f"--precision {precision} decides what adapters become", f"--adapters {adapters}", hint)
+    return quantised(graph, precision, four_bit)
+
+
+def _require_supported(graph: Graph) -> None:
+    if graph.task not in ("causal-lm", *run_once.TASKS) or "decoder_input_ids" in graph.inputs:
+        name = graph.config.model_type
+        raise UnsupportedError(
+            f"the ONNX export is for causal language models, classifiers and encoders; {name} is read for {graph.task}",
+            graph.source,
+            "--target hf writes a merged checkpoint of any model",
+        )
+
+
+def _supported(graph: Graph) -> Graph:
+    plain = as_columns(graph) if graph.task == "causal-lm" else graph
+    left = ", ".join(step.name for step in plain.applied if not isinstance(step, (Adapter, Quantiser)))
+    if left:
+        raise UnsupportedError(f"the ONNX export has no place for {left}", graph.source, "export without it")
+    return plain
