@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from surgeon.cli import output
-from surgeon.cli.methods import CONTEXT, LABELS, Methods, chosen, with_method_options
+from surgeon.cli.methods import CONTEXT, LABELS, Methods, chosen, offered
+
+with_methods = offered
 
 
-@with_method_options
 def command(
     model: Annotated[str, typer.Argument(help="Folder of a checkpoint, hub id, or a work folder to stack on.")],
     method: Methods = ["lora"],  # noqa: B006  typer copies it

@@ -12,14 +12,15 @@ from inspect import cleandoc
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from surgeon.cli import output
+from surgeon.cli.methods import with_method_options
 from surgeon.errors import SurgeonError, UsageError, nearest
 from surgeon.remote_code import FLAG, trust_remote_code
 
 # Command name -> module with a function `command`, in the order `--help` lists them. A module is imported when its
-# command runs, and all of them for `--help`: none may import torch or transformers at module level.
+# command runs, and all of them for the texts of `--help`: none may import torch or transformers at module level.
 COMMANDS: dict[str, str] = {
     "demo": "surgeon.cli.demo",
     "plan": "surgeon.cli.plan",
@@ -66,32 +67,40 @@ INTERRUPTED = 130  # 128 + SIGINT, what shells report
 
 
 class CommandTable(TyperGroup):
-    """The commands of `COMMANDS`, each imported when it is asked for."""
+    """The commands of `COMMANDS`: what lists them gets their texts, what runs one its parser."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The names, in the order of the table."""
         return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command of that name, or None."""
-        return load(cmd_name) if cmd_name in COMMANDS else None
+        """The name and text of a command, or None."""
+        if cmd_name not in COMMANDS:
+            return None
+        text, _ = split_examples(importlib.import_module(COMMANDS[cmd_name]).command.__doc__ or "")
+        return TyperCommand(cmd_name, help=text, rich_markup_mode="rich")
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """As the base class does, but an unknown name is an error that suggests the nearest ones."""
+        """The command with its parser; an unknown name is an error that suggests the nearest ones."""
         if args[0] not in COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
             raise UsageError(f"no command named {args[0]!r}", ctx.command_path, _did_you_mean(args[0], COMMANDS))
-        return super().resolve_command(ctx, args)
+        name, found, rest = super().resolve_command(ctx, args)
+        return name, load(name) if name in COMMANDS else found, rest
 
 
 def load(name: str) -> Any:
     """Import one command and build its parser.
 
-    The module exposes `command`, and may expose `context_settings` (a dict, as click takes it) when it reads options of
-    its own. The part of the docstring from `Examples:` on is shown below the options.
+    The module exposes `command`. It may expose `with_methods`, a function that gives the methods whose options the
+    command takes too, and `context_settings` (a dict, as click takes it) when it reads options of its own. The part of
+    the docstring from `Examples:` on is shown below the options.
     """
     module = importlib.import_module(COMMANDS[name])
     text, examples = split_examples(module.command.__doc__ or "")
-    function = _trusting(module.command) if name in OPENING else module.command
+    function = module.command
+    if hasattr(module, "with_methods"):
+        function = with_method_options(function, module.with_methods())
+    function = _trusting(function) if name in OPENING else function
     single = typer.Typer(add_completion=False, rich_markup_mode="rich")
     settings = {"help_option_names": ["-h", "--help"], **getattr(module, "context_settings", {})}
     single.command(name, help=text, epilog=examples, context_settings=settings)(_reserving_stdout(function))

@@ -36,18 +36,15 @@ def offered() -> dict[str, type[Pass]]:
     return {name: method for name, method in methods().items() if method.offered}
 
 
-def with_method_options(
-    command: Callable[..., None], wanted: Callable[[], Mapping[str, type[Pass]]] = offered
-) -> Callable[..., None]:
+def with_method_options(command: Callable[..., None], methods: Mapping[str, type[Pass]]) -> Callable[..., None]:
     """Give a command that takes `**options` a flag for each option of each method; a flag not given is left out.
 
     Args:
         command: it.
-        wanted: the methods, by name.
+        methods: them, by name.
     """
     signature = inspect.signature(command, eval_str=True)
     own = [parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD]
-    methods = wanted()
     made = [_parameter(name, found, len(methods)) for name, found in _by_name(methods).items()]
 
     @functools.wraps(command)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgeon.cli import output
-from surgeon.cli.methods import CONTEXT, LABELS, Methods, chosen, with_method_options
+from surgeon.cli.methods import CONTEXT, LABELS, Methods, chosen, offered
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 _COLUMNS = ("module", "kind", "shape", "method", "rank", "sites", "parameters")
 _RIGHT = ("shape", "rank", "sites", "parameters")
 
+with_methods = offered
 
-@with_method_options
+
 def command(
     model: Annotated[str, typer.Argument(help="Folder with a config.json, or a hub id.")],
     method: Methods = ["lora"],  # noqa: B006  typer copies it

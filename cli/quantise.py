@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,7 @@ import typer
 
 from surgeon.cli import output
 from surgeon.cli.merge import FORM
-from surgeon.cli.methods import chosen, offered, with_method_options
+from surgeon.cli.methods import chosen, offered
 from surgeon.errors import UsageError
 from surgeon.options import options_of
 from surgeon.passes.quantiser import Quantiser
@@ -28,7 +27,9 @@ def quantisers() -> Mapping[str, type[Pass]]:
     return {name: method for name, method in offered().items() if issubclass(method, Quantiser)}
 
 
-@functools.partial(with_method_options, wanted=quantisers)
+with_methods = quantisers
+
+
 def command(
     model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or hub id.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = Path("quantised"),
