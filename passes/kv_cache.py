@@ -37,8 +37,9 @@ class KvCache(Pass):
     Encoder-decoder models have two kinds, `{i}.decoder.key` and `{i}.encoder.key`, and two graphs.
 
     Options:
-        phase: "both" for decoder-only models. "prefill" has no past. "step" has one; for an encoder-decoder model it
-            also takes the keys and values of the encoder's states, which "prefill" returns, and has no encoder.
+        phase: "both" for decoders, with a past or an empty one; the encoder's states have theirs too (see
+            `surgeon.halves`). "prefill" has no past. "step" has one; for an encoder-decoder model it also takes the
+            keys and values of the encoder's states, which "prefill" returns, and has no encoder.
     """
 
     name: ClassVar[str] = "kv_cache"
@@ -53,14 +54,14 @@ class KvCache(Pass):
 
     def requires(self, graph: Graph) -> None:
         """Raise for a model that does not generate, or whose tokens meet anywhere but in attention nodes."""
-        from surgeon import lengths
+        from surgeon import halves, lengths
         from surgeon.run import require_node
 
         model = graph.config.model_type
         if graph.task not in ("causal-lm", "seq2seq-lm"):
             what = f"kv_cache needs a model that generates; this one was captured for {graph.task}"
             raise UnsupportedError(what, model, "capture it with task='causal-lm'")
-        if _seq2seq(graph) and self.phase == BOTH:
+        if _seq2seq(graph) and not halves.is_decoder(graph) and self.phase == BOTH:
             what = "kv_cache: an encoder-decoder model has two graphs"
             raise UsageError(what, model, f"phase='{PREFILL}' and phase='{STEP}'")
         require_node(graph, ATTENTION, self.name)
@@ -95,7 +96,7 @@ class KvCache(Pass):
 
     def finish(self, graph: Graph, owner: str) -> None:
         """What the trunk computes for its layers; the order of inputs and outputs; in a step no encoder."""
-        from surgeon import lengths, wiring
+        from surgeon import halves, lengths, wiring
         from surgeon.edit import Edit
 
         if self.phase != PREFILL:
@@ -105,8 +106,10 @@ class KvCache(Pass):
             lengths.lengthen_input(graph)
         wiring.order(graph, _place)
         if self.phase == STEP and _seq2seq(graph):
-            _read_sizes_off_the_decoder(graph)
+            halves.sizes_off_the_decoder(graph)
             wiring.prune(graph)
+        if self.phase == BOTH and halves.is_decoder(graph):
+            halves.new_states(graph, owner)
 
     def ensures(self, result: Graph) -> None:
         """Raise UnsupportedError if the shapes do not fit when there is a past."""
@@ -119,35 +122,48 @@ class KvCache(Pass):
             raise UnsupportedError(what, str(error).splitlines()[0], _INSTEAD) from error
 
     def _cache(self, edit: Edit) -> None:
-        import torch
-
-        from surgeon.graph import Tag
-
         for position, word in ((1, "key"), (2, "value")):
             new = edit.argument(position)
             if self.phase != PREFILL:
-                names = _names(edit, "past_key_values", word)
-                past = edit.model_input(names, _input(edit, word), *_past(edit, new))
-                readers = _readers(edit, new)
-                edit.write_after(min(readers).prev)
-                whole = edit.call(torch.ops.aten.cat.default, [past, new], 2)
-                whole.meta["surgeon"] = Tag(edit.owner, edit.node.name, input=True)
-                for node in readers:
-                    node.replace_input_with(new, whole)
-                new = whole
+                new = _after_past(edit, new, word, *_past(edit, new))
             edit.model_output(new, _names(edit, "present", word))
 
     def _encoder_states(self, edit: Edit) -> None:
         """Cross-attention: its keys and values do not change from token to token."""
+        from surgeon import halves
+
+        if self.phase == BOTH:
+            halves.by_new_states(edit)
         for position, word in ((1, "key"), (2, "value")):
             given = edit.argument(position)
-            if self.phase == PREFILL:
-                edit.model_output(given, _names(edit, "present", word))
+            shape = tuple(given.meta["val"].shape)
+            if self.phase == STEP:
+                names = _names(edit, "past_key_values", word)
+                held = edit.model_input(names, _input(edit, word), given, shape)
+                for node in _readers(edit, given):
+                    node.replace_input_with(given, held)
                 continue
-            names = _names(edit, "past_key_values", word)
-            held = edit.model_input(names, _input(edit, word), given, tuple(given.meta["val"].shape))
-            for node in _readers(edit, given):
-                node.replace_input_with(given, held)
+            if self.phase == BOTH:
+                new = given
+                given = _after_past(edit, new, word, new, shape)
+                given.meta["val"] = new.meta["val"]  # of a later call: all are in the past
+            edit.model_output(given, _names(edit, "present", word))
+
+
+def _after_past(edit: Edit, new: fx.Node, word: str, like: fx.Node, shape: tuple[object, ...]) -> fx.Node:
+    """cat(past, new) in the place of new."""
+    import torch
+
+    from surgeon.graph import Tag
+
+    past = edit.model_input(_names(edit, "past_key_values", word), _input(edit, word), like, shape)
+    readers = _readers(edit, new)
+    edit.write_after(min(readers).prev)
+    whole = edit.call(torch.ops.aten.cat.default, [past, new], 2)
+    whole.meta["surgeon"] = Tag(edit.owner, edit.node.name, input=True)
+    for node in readers:
+        node.replace_input_with(new, whole)
+    return whole
 
 
 def _seq2seq(graph: Graph) -> bool:
@@ -317,13 +333,3 @@ def _check_origin(graph: Graph, mask: fx.Node) -> None:
 def _place(name: str) -> tuple[int, int, str]:
     found = re.fullmatch(r"(?:past_key_values|present)\.(\d+)\.(.+)", name)
     return (1, int(found[1]), found[2]) if found else (0, 0, "")
-
-
-def _read_sizes_off_the_decoder(graph: Graph) -> None:
-    """The batch size and the encoder's length, which are read off `input_ids`, from what a step is given."""
-    import torch
-
-    inputs = {str(node.target): node for node in graph.trunk.nodes if node.op == "placeholder"}
-    for node in list(inputs["input_ids"].users):
-        if node.target is torch.ops.aten.sym_size.int:
-            node.update_arg(0, inputs["decoder_input_ids" if node.args[1] == 0 else "attention_mask"])

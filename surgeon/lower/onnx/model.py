@@ -11,6 +11,7 @@ from torch import fx
 
 from surgeon.errors import UnsupportedError
 from surgeon.graph import Graph, val
+from surgeon.halves import STATES
 from surgeon.lower.onnx import slots
 from surgeon.lower.onnx.adapter_file import IDS, is_slot
 from surgeon.lower.onnx.codes import Form, prepared
@@ -19,9 +20,11 @@ from surgeon.lower.onnx.join import WIDE, Joined, Shape, finish, typed
 from surgeon.lower.onnx.parts import META, SIZES, Part, Shapes, input_name, lower_part, lowered, segments, turnable
 from surgeon.lower.onnx.profiles import BLOCKS, DEFAULT, GQA, PROFILES, Profile
 from surgeon.module import read_tensor
+from surgeon.wiring import inputs_of
 
 BATCH, NEW, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 CHOICES, LONGER = "choices", "output_length"
+SOURCE, HELD = "encoder_sequence_length", "past_encoder_sequence_length"
 
 
 def build(
@@ -151,9 +154,13 @@ def _interface(graph: Graph, dtype: torch.dtype) -> list[tuple[str, Shape, torch
             found.append((name, (*rows, NEW), torch.int64))
         elif name == "attention_mask":
             found.append((name, (*rows, TOTAL if cached else NEW), torch.int64))
+        elif name == "encoder_attention_mask":
+            found.append((name, (BATCH, SOURCE), torch.int64))
+        elif name == STATES:
+            found.append((name, (BATCH, _states_length(graph), int(val(node).shape[2])), dtype))
         elif name.startswith("past_key_values."):
             _, heads, _, size = val(node).shape
-            found.append((name, (BATCH, int(heads), PAST, int(size)), dtype))
+            found.append((name, (BATCH, int(heads), HELD if ".encoder." in name else PAST, int(size)), dtype))
         elif is_slot(name):
             kind = torch.int64 if name == IDS else dtype
             found.append((name, slots.shape_of(name, val(node)), kind))
@@ -162,10 +169,22 @@ def _interface(graph: Graph, dtype: torch.dtype) -> list[tuple[str, Shape, torch
     return found
 
 
+def _states_length(graph: Graph) -> str:
+    """How many states an encoder's tokens come to: as many, or virtual ones before them."""
+    inputs = dict(zip(graph.inputs, inputs_of(graph.trunk), strict=True))
+    mask, states = (val(inputs[name]).shape[1] for name in ("encoder_attention_mask", STATES))
+    more = states - mask
+    return SOURCE if more == 0 else f"{SOURCE} + {int(more)}"
+
+
 def _sized(shape: Shape, sizes: dict[str, int]) -> list[int]:
     known = {BATCH: sizes["batch"], NEW: sizes["new"], PAST: sizes["past"], TOTAL: sizes["past"] + sizes["new"]}
-    known[CHOICES] = sizes["choices"]
-    return [known[size] if size in known else slots.sized(size, sizes) for size in shape]
+    known |= {CHOICES: sizes["choices"], SOURCE: sizes["src"], HELD: sizes["held"]}
+    found = []
+    for size in shape:
+        name, _, more = str(size).partition(" + ")
+        found.append(known[name] + int(more or 0) if name in known else slots.sized(size, sizes))
+    return found
 
 
 def _outputs(graph: Graph, trunk: Part, runs: tuple[Shapes, ...]) -> list[ir.Value]:
@@ -182,7 +201,7 @@ def _size(first: int, second: int, name: str) -> int | str:
     if first == second:
         return int(first)
     long = TOTAL if name.startswith("present.") else NEW
-    for known in (BATCH, CHOICES, long):
+    for known in (BATCH, CHOICES, SOURCE, long):
         if [first, second] == [_sized((known,), sizes)[0] for sizes in SIZES]:
             return known
     return LONGER
