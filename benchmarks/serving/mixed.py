@@ -52,8 +52,8 @@ class Setting:
     targets: tuple[str, ...]
 
 
-def engine_with(folder: Path, setting: Setting) -> tuple[Any, list[Any]]:
-    """A server's engine, and adapters with random values."""
+def engine_with(folder: Path, setting: Setting, requests: int) -> tuple[Any, list[Any]]:
+    """A server's engine with room for four batches of requests, and adapters with random values."""
     from surgeon import api, run
     from surgeon.passes import make
     from surgeon.replaced import Held
@@ -63,7 +63,8 @@ def engine_with(folder: Path, setting: Setting) -> tuple[Any, list[Any]]:
     config = base.config
     layers, hidden = config.num_hidden_layers, config.hidden_size
     rows, count = sum(setting.ranks[i % len(setting.ranks)] for i in range(setting.adapters)), setting.adapters
-    engine = Engine(base, pool_bytes=4 * rows * layers * hidden * 30 + (256 << 20))
+    keys_values = 4 * requests * (PAST + 32) * 2 * layers * hidden
+    engine = Engine(base, pool_bytes=4 * (rows * layers * hidden * 30 + keys_values) + (64 << 20))
     targets = ",".join(f"*.{target}" for target in setting.targets)
     graphs = {rank: run.apply(base, make("lora", rank=rank, targets=targets)) for rank in set(setting.ranks)}
     packed = []
@@ -215,7 +216,7 @@ def peft_steps(folder: Path, setting: Setting, requests: int) -> tuple[Callable[
 
 def measure(folder: Path, setting: Setting, requests: int, rounds: int, with_peft: bool) -> dict[str, Any]:
     """Medians of every variant, and the ratios."""
-    engine, packed = engine_with(folder, setting)
+    engine, packed = engine_with(folder, setting, requests)
     steps = {
         "base": batch(engine, [], requests, "base"),
         "one": batch(engine, packed[-1:], requests, "one"),
