@@ -14,7 +14,6 @@ from surgeon.lower.onnx import genai
 from surgeon.lower.onnx.check import Replay
 from surgeon.lower.onnx.profiles import GQA, Profile
 from surgeon.lower.onnx.verify import SCHEMA
-from surgeon.lower.onnx.web import layout
 
 
 def write_configs(graph: Graph, folder: Path, tokenizer: Any, dtype: torch.dtype) -> None:
@@ -26,7 +25,7 @@ def write_configs(graph: Graph, folder: Path, tokenizer: Any, dtype: torch.dtype
     config.save_pretrained(folder)
     if tokenizer is not None:
         genai.write_tokenizer(tokenizer, folder)
-    if graph.task != "causal-lm":
+    if graph.task not in ("causal-lm", "seq2seq-lm"):
         return
     stored = Path(graph.source, "generation_config.json") if graph.source else None
     if stored and stored.is_file():
@@ -36,12 +35,12 @@ def write_configs(graph: Graph, folder: Path, tokenizer: Any, dtype: torch.dtype
     generation.save_pretrained(folder)
 
 
-def manifest(graph: Graph, profile: Profile, precision: str, checked: Replay | None) -> dict[str, Any]:
+def manifest(graph: Graph, profile: Profile, precision: str, checked: Replay | None, model: str) -> dict[str, Any]:
     """What the export is, without a path of this machine."""
     return {
         "schema": SCHEMA,
         "target": "onnx",
-        "model": layout(profile, precision).model,
+        "model": model,
         "profile": profile.name,
         "precision": precision,
         "opset": profile.opset,

@@ -13,7 +13,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,15 +44,20 @@ class Placed:
         form: "bind" or "copy".
         note: why it is that form, or what had to be copied; "" if there is nothing to tell.
         files: name in the export → the checkpoint's file.
-        bound: bytes of the tensors that are read from those.
+        places: (one of those, where a tensor begins) → its bytes.
         written: bytes of those that were written.
     """
 
     form: str
     note: str = ""
     files: dict[str, Path] = field(default_factory=dict)
-    bound: int = 0
+    places: dict[tuple[Path, int], int] = field(default_factory=dict)
     written: int = 0
+
+    @property
+    def bound(self) -> int:
+        """Bytes of the tensors that are read from the checkpoint's files."""
+        return sum(self.places.values())
 
 
 def choose(wanted: str, profile: Profile, graph: Graph, dtype: torch.dtype, parent: Path) -> tuple[str, str]:
@@ -81,29 +86,35 @@ def choose(wanted: str, profile: Profile, graph: Graph, dtype: torch.dtype, pare
     return (COPY, f"copied: {reason}") if reason else (BIND, "")
 
 
-def place(model: ir.Model, graph: Graph, folder: Path, form: str, file: str, note: str = "") -> Placed:
-    """Attach every large tensor of a model to bytes in a folder; the rest stays in the model.
+def place(models: Sequence[tuple[ir.Model, str]], graph: Graph, folder: Path, form: str, note: str = "") -> Placed:
+    """Attach every large tensor of an export's models to bytes in a folder; the rest stays in them.
 
     Args:
-        model: of `surgeon.lower.onnx.model.build`.
-        graph: what it was built from, without cache.
+        models: of `surgeon.lower.onnx.model.build`, each with the safetensors file for what is not bound; two may have
+            the same.
+        graph: what they were built from, without cache.
         folder: that of the export.
         form: as `choose` has it.
-        file: the safetensors file for what is not bound.
         note: as `choose` has it.
     """
     found = Placed(form, note)
-    (folder / file).parent.mkdir(exist_ok=True)
     if form == BIND:
-        for name, value in list(model.graph.initializers.items()):
-            info = stored(graph, name)
-            if info is not None and _fits(graph, value, info):
-                _attach(model, value, info, f"{FOLDER}/{info.file.name}", folder)
-                found.files[f"{FOLDER}/{info.file.name}"] = info.file
-                found.bound += info.nbytes
+        for model, _ in models:
+            _bind(model, graph, folder, found)
         _link(found, folder)
-    found.written += write_own(model, folder / file)
+    for file in dict.fromkeys(file for _, file in models):
+        (folder / file).parent.mkdir(exist_ok=True)
+        found.written += write_own([model for model, other in models if other == file], folder / file)
     return found
+
+
+def _bind(model: ir.Model, graph: Graph, folder: Path, found: Placed) -> None:
+    for name, value in list(model.graph.initializers.items()):
+        info = stored(graph, name)
+        if info is not None and _fits(graph, value, info):
+            _attach(model, value, info, f"{FOLDER}/{info.file.name}", folder)
+            found.files[f"{FOLDER}/{info.file.name}"] = info.file
+            found.places[info.file, info.start] = info.nbytes
 
 
 def stored(graph: Graph, name: str) -> TensorInfo | None:

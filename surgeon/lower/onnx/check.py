@@ -105,20 +105,23 @@ def replay(
     longest = (positions.limit(graph) or 10**9) - virtual_tokens(graph)
     steps = max(1, min(steps, longest - max(len(prompt) for prompt in prompts)))
     reference = StreamingExecutor(graph)
-    batches, largest = [], 0.0
-    for batch in ([prompts[0]], prompts):
-        result, size = _replayed(graph, reference, session, batch, steps, given)
-        batches.append(result)
-        largest = max(largest, size)
-    errors = [batch.max_error for batch in batches]
-    counts = [len(batch.prompts) for batch in batches]
+    batches = [_replayed(graph, reference, session, batch, steps, given) for batch in ([prompts[0]], prompts)]
+    return summary(batches, "logit", dtype, relative, steps)
+
+
+def summary(
+    batches: Sequence[tuple[Replayed, float]], what: str, dtype: torch.dtype, relative: float | None, steps: int
+) -> Replay:
+    """One replay of its batches, each with the largest number that torch computed in it."""
+    found, largest = [batch for batch, _ in batches], max(size for _, size in batches)
+    counts = [len(batch.prompts) for batch in found]
     return Replay(
-        max_error=max(errors) if not any(error != error for error in errors) else float("nan"),
-        **bounded("logit", largest, dtype, relative),
-        token_agreement=sum(b.token_agreement * n for b, n in zip(batches, counts, strict=True)) / sum(counts),
+        max_error=float(np.max([batch.max_error for batch in found])),  # NaN if any is
+        **bounded(what, largest, dtype, relative),
+        token_agreement=sum(b.token_agreement * n for b, n in zip(found, counts, strict=True)) / sum(counts),
         largest=largest,
         steps=steps,
-        batches=batches,
+        batches=found,
     )
 
 
@@ -129,10 +132,10 @@ def bounded(what: str, largest: float, dtype: torch.dtype, relative: float | Non
     return {"bound": share * largest, "because": f"{share:g} of the largest {what}, for {why}"}
 
 
-def virtual_tokens(graph: Graph) -> int:
-    """How many positions columns take before the text."""
-    columns = {item.owner: item.columns().k.shape[1] for item in fold.columns(graph)}
-    return sum(columns.values())
+def virtual_tokens(graph: Graph, role: str = "") -> int:
+    """How many positions columns take before the text, of attentions of one role if it is given."""
+    found = [item for item in fold.columns(graph) if role in ("", item.site.role)]
+    return sum({item.owner: item.columns().k.shape[1] for item in found}.values())
 
 
 def _replayed(
@@ -142,9 +145,20 @@ def _replayed(
     ids, mask, found = decode(session, ids, mask, steps, given)
     expected = _reference(graph, reference, ids, mask)[:, : found.shape[1]]
     seen = mask[:, : found.shape[1], None] > 0
-    difference = np.where(seen, np.abs(found - expected), 0.0)
-    largest = float(np.where(seen, np.abs(expected), 0.0).max())
-    error = float(difference.max())
+    return compared(prompts, ids, np.where(seen, found, 0.0), np.where(seen, expected, 0.0), steps)
+
+
+def compared(prompts: list[list[int]], ids: Array, found: Array, expected: Array, steps: int) -> tuple[Replayed, float]:
+    """What a batch's logits say, and the largest of torch's.
+
+    Args:
+        prompts: the text of each row.
+        ids: the tokens that were fed and, of the last `steps`, generated `[b, t + 1]`.
+        found: ONNX Runtime's logits `[b, t, vocab]`.
+        expected: torch's; both 0 at padding.
+        steps: how many were generated.
+    """
+    error = float(np.abs(found - expected).max())
     start = found.shape[1] - steps
     chosen = ids[:, start + 1 :]
     theirs = np.take_along_axis(expected[:, start:], chosen[..., None], -1)[..., 0]
@@ -156,7 +170,7 @@ def _replayed(
         token_agreement=float((best - theirs <= 2 * error).mean()),
         exact_agreement=float((best == theirs).mean()),
         best_logits=np.take_along_axis(found[:, start:], chosen[..., None], -1)[..., 0].round(6).tolist(),
-    ), largest
+    ), float(np.abs(expected).max())
 
 
 def _reference(graph: Graph, run: StreamingExecutor, ids: Array, mask: Array) -> Array:

@@ -59,8 +59,11 @@ def find(folder: Path) -> dict[str, Path]:
     return {name: path for name, path in found.items() if path is not None}
 
 
-def check(profile: Profile, tokenizer: Any) -> None:
+def check(profile: Profile, tokenizer: Any, task: str = "causal-lm") -> None:
     """Raise UsageError for an export that a page cannot show."""
+    if task != "causal-lm":
+        what = f"the page is for causal language models; this one is read for {task}"
+        raise UsageError(what, "--demo", "leave it out: transformers.js loads what the profile web writes")
     if profile.package != PACKAGE:
         raise UsageError("the page runs models in a browser", f"--profile {profile.name}", "--demo --profile web")
     if tokenizer is None:

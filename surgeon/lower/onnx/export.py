@@ -1,8 +1,9 @@
-"""`--target onnx`: a model as one ONNX file, replayed in ONNX Runtime before it is kept.
+"""`--target onnx`: a model as one ONNX file or two, replayed in ONNX Runtime before it is kept.
 
 A causal language model has a K/V cache: inputs `input_ids`, `attention_mask`, `position_ids`,
 `past_key_values.{i}.key/value`; outputs `logits`, `present.{i}.key/value`: what transformers.js and ONNX Runtime GenAI
 expect. One graph serves prefill and decode. Classifiers and encoders are run once: see `surgeon.lower.onnx.once`.
+Encoder-decoders are two models: see `surgeon.lower.onnx.seq2seq`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from surgeon.atomic import atomic_folder, check_target
 from surgeon.errors import UsageError, nearest
 from surgeon.graph import Graph
 from surgeon.lower.onnx import adapters as apart
-from surgeon.lower.onnx import beside, genai, slots, web
+from surgeon.lower.onnx import beside, genai, seq2seq, slots, web
 from surgeon.lower.onnx import demo as page
 from surgeon.lower.onnx import once as run_once
 from surgeon.lower.onnx.adapter_file import as_loaded
@@ -30,10 +31,11 @@ from surgeon.lower.onnx.bind import COPY, Placed, choose, place
 from surgeon.lower.onnx.check import Replay, replay
 from surgeon.lower.onnx.files import files_of, records
 from surgeon.lower.onnx.model import build
+from surgeon.lower.onnx.pair import ENCODER, Pair
 from surgeon.lower.onnx.precision import Linear
 from surgeon.lower.onnx.profiles import DEFAULT, GQA, STANDARD, Profile, find
 from surgeon.lower.onnx.ready import Ready, exportable, ready
-from surgeon.lower.onnx.web import layout
+from surgeon.lower.onnx.web import Layout, layout
 from surgeon.verification import Probe, make_probes
 
 FOUR_BIT = ("standard", "bnb4", "int4")
@@ -119,7 +121,7 @@ def export_onnx(
     change more than their zero points stay beside them.
 
     Args:
-        graph: a causal language model, a classifier or an encoder, with values.
+        graph: a causal language model, an encoder-decoder, a classifier or an encoder, with values.
         out: the new folder.
         profile: the runtimes it is for, one of `surgeon.lower.onnx.profiles.PROFILES`.
         precision: "fp32" or "fp16", of weights, cache and arithmetic; norms and softmax stay fp32. "int8" or "int4":
@@ -143,48 +145,48 @@ def export_onnx(
 
     Raises:
         CheckFailed: ONNX Runtime computes something else; nothing is left behind.
-        UnsupportedError: the model has a decoder with an encoder, or a part of it has no ONNX form.
+        UnsupportedError: a part of the model has no ONNX form, or no place in the profile.
         UsageError: no such precision or profile, or `out` exists.
     """
     began = time.perf_counter()
     made_for = _checked(profile, precision, four_bit, adapters)
     check_target(Path(out), overwrite)
     if demo is not None:
-        page.check(made_for, tokenizer)
+        page.check(made_for, tokenizer, graph.task)
     if prefix_slots:
         made_for = replace(made_for, attention=STANDARD)
     dtype = PRECISIONS[precision]
     made = ready(graph, made_for, dtype, precision, codes, four_bit, adapters, targets)
     form, note = choose(weights, made_for, made.plain, dtype, Path(out).absolute().parent)
     level = 1 if made.chosen is None else FAST
-    model = build(made.final, dtype, four_bit, made_for, turn=form == COPY, level=level)
-    names = layout(made_for, precision)
-    if made_for.package == web.PACKAGE:
-        web.keep_last(model)
+    names = {part: layout(made_for, precision, part) for part in made.parts}
+    main = list(names.values())[-1]
+    models = [
+        (build(part, dtype, four_bit, made_for, turn=form == COPY, level=level), names[name])
+        for name, part in made.parts.items()
+    ]
     with atomic_folder(out, overwrite=overwrite) as folder:
-        placed = place(model, made.plain, folder, form, names.data, note)
-        if made.record and made_for.optional_slots:
-            slots.make_optional(model)
-        ir.save(model, folder / names.model)
-        del model
+        placed = _saved(models, made, folder, form, note)
         probes = make_probes(made.plain, tokenizer)
-        checked = _replayed(made, folder / names.model, probes, dtype) if verify else None
+        checked = _replayed(made, [folder / name.model for name in names.values()], probes, dtype) if verify else None
         if checked is not None:
             checked.require(str(out))
         change = made.chosen.change(exportable(graph, codes=False), probes) if made.chosen and verify else None
         if made.record:
             made.record["adapters"] = apart.put(
                 {**apart.own(graph), **(given or {})}, made.record, folder,
-                lambda one, fed: replay(one, folder / names.model, probes, dtype, given=fed) if verify else None,
+                lambda one, fed: replay(one, folder / main.model, probes, dtype, given=fed) if verify else None,
             )  # fmt: skip
         beside.write_configs(made.plain, folder, tokenizer, dtype)
         if made_for.package == "genai":
             genai.write(made.final, folder, model=MODEL, shared=made.attention == GQA)
-        web.describe(folder, made_for, names, precision)
+        web.describe(folder, made_for, names.values(), precision)
         if demo is not None:
-            page.write(folder, names, demo, made.plain.config.model_type, made.record)
-        manifest = beside.manifest(made.plain if made.record else graph, made_for, precision, checked) | made.record
-        manifest |= _also(made, form, change)
+            page.write(folder, main, demo, made.plain.config.model_type, made.record)
+        said = beside.manifest(made.plain if made.record else graph, made_for, precision, checked, main.model)
+        manifest = said | made.record | _also(made, form, change)
+        if ENCODER in names:
+            manifest |= {"encoder": names[ENCODER].model, "first": seq2seq.first_tokens(made.plain)}
         manifest["files"] = records(folder, set(placed.files) if checked is None else set())
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
         files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files_of(folder)}
@@ -207,12 +209,29 @@ def _checked(profile: str, precision: str, four_bit: str, adapters: str) -> Prof
     return find(profile)
 
 
-def _replayed(made: Ready, file: Path, probes: Sequence[Probe], dtype: torch.dtype) -> Replay:
+def _saved(models: Sequence[tuple[ir.Model, Layout]], made: Ready, folder: Path, form: str, note: str) -> Placed:
+    """Write the models and their tensors."""
+    if made.profile.package == web.PACKAGE:
+        for model, _ in models:
+            web.keep_last(model)
+    placed = place([(model, names.data) for model, names in models], made.plain, folder, form, note)
+    for model, names in models:
+        if made.record and made.profile.optional_slots:
+            slots.make_optional(model)
+        ir.save(model, folder / names.model)
+    return placed
+
+
+def _replayed(made: Ready, files: Sequence[Path], probes: Sequence[Probe], dtype: torch.dtype) -> Replay:
     """The model without any adapter in its slots, in ONNX Runtime."""
+    relative = None if made.chosen is None else ACTIVATIONS
+    if made.plain.task == seq2seq.TASK:
+        encoder, decoder = files
+        pair = Pair.open(encoder, decoder, run_once.pad_of(made.plain))
+        return seq2seq.replay(made.reference, pair, probes, dtype, relative)
     check = run_once.compare if made.once else replay
     empty: dict[str, Any] = {"given": as_loaded({}, made.record)} if made.record else {}
-    relative = None if made.chosen is None else ACTIVATIONS
-    return check(made.reference, file, probes, dtype, relative=relative, **empty)
+    return check(made.reference, files[0], probes, dtype, relative=relative, **empty)
 
 
 def _also(made: Ready, form: str, change: float | None) -> dict[str, Any]:

@@ -24,6 +24,9 @@ _PAST, _PRESENT = "past_key_values.", "present."
 
 def check(graph: Graph) -> None:
     """Raise UnsupportedError for a model that GenAI does not generate with."""
+    if graph.task == "seq2seq-lm":
+        what = f"ONNX Runtime GenAI runs no encoder-decoder like {graph.config.model_type}"
+        raise UnsupportedError(what, "--profile genai", "--profile ort, web or openvino")
     if graph.task != "causal-lm":
         what = f"ONNX Runtime GenAI generates text; {graph.config.model_type} is read for {graph.task}"
         raise UnsupportedError(what, "--profile genai", "--profile ort runs any model")

@@ -16,9 +16,9 @@ from torch import fx
 
 from surgeon import numbering, positions, virtual
 from surgeon.graph import Graph, copied, sweep, val
-from surgeon.lower.onnx.check import Replay, Replayed, bounded, virtual_tokens
-from surgeon.lower.onnx.session import Array, open_session
-from surgeon.lower.onnx.verify import padded, told
+from surgeon.lower.onnx.check import Replay, Replayed, summary, virtual_tokens
+from surgeon.lower.onnx.session import Array, open_session, padded
+from surgeon.lower.onnx.verify import told
 from surgeon.stream import StreamingExecutor
 from surgeon.verification import Probe
 
@@ -77,17 +77,7 @@ def compare(
     room = (positions.limit(graph) or 10**9) - virtual_tokens(graph)
     rows = [list(probe.ids[: max(2, len(probe.ids) - 4 * number)][:room]) for number, probe in enumerate(probes)]
     batches = [_one(graph, reference, session, batch) for batch in ([rows[0]], rows)]
-    errors = [batch.max_error for batch, _ in batches]
-    largest = max(size for _, size in batches)
-    counts = [len(batch.prompts) for batch, _ in batches]
-    return Replay(
-        max_error=float(np.max(errors)),  # NaN if any is
-        **bounded("output", largest, dtype, relative),
-        token_agreement=sum(b.token_agreement * n for (b, _), n in zip(batches, counts, strict=True)) / sum(counts),
-        largest=largest,
-        steps=0,
-        batches=[batch for batch, _ in batches],
-    )
+    return summary(batches, "output", dtype, relative, 0)
 
 
 def _one(graph: Graph, run: StreamingExecutor, session: Any, rows: list[list[int]]) -> tuple[Replayed, float]:

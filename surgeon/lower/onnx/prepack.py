@@ -14,6 +14,7 @@ import json
 import platform
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def prepack(folder: Path, out: Path, *, overwrite: bool = False) -> Prepacked:
         raise UsageError("browsers cannot read prepacked weights", str(folder), "export it with --profile ort or genai")
     need = 2 * sum(entry["bytes"] for entry in record["files"].values())
     with atomic_folder(out, overwrite=overwrite, need=need) as new:
-        _save(folder / record.get("model", MODEL), new)
+        for name in _models(record):
+            _save(folder / name, new)
         _carry(folder, new, record)
         record["prepacked"] = machine()
         record["files"] = records(new)
@@ -85,18 +87,28 @@ def prepack(folder: Path, out: Path, *, overwrite: bool = False) -> Prepacked:
     return Prepacked(out, files, machine(), verified, time.perf_counter() - began)
 
 
+def data_of(model: str) -> str:
+    """The file of a prepacked model's weights."""
+    return DATA if model == MODEL else f"{Path(model).stem}_{DATA}"
+
+
 def machine() -> dict[str, str]:
     """What prepacked weights hold for."""
     return {"onnxruntime": onnxruntime.__version__, "processor": platform.machine()}
 
 
+def _models(record: Mapping[str, Any]) -> list[str]:
+    """The one model of an export, or the two of an encoder-decoder."""
+    return [record[word] for word in ("encoder", "model") if word in record] or [MODEL]
+
+
 def _save(model: Path, new: Path) -> None:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.optimized_model_filepath = str(new / MODEL)
+    options.optimized_model_filepath = str(new / model.name)
     for key, value in {
         "session.save_external_prepacked_constant_initializers": "1",
-        "session.optimized_model_external_initializers_file_name": DATA,
+        "session.optimized_model_external_initializers_file_name": data_of(model.name),
         "session.optimized_model_external_initializers_min_size_in_bytes": str(_SMALLEST),
     }.items():
         options.add_session_config_entry(key, value)
@@ -109,7 +121,8 @@ def _save(model: Path, new: Path) -> None:
 
 def _carry(folder: Path, new: Path, record: dict[str, Any]) -> None:
     """Copy what belongs to the export and is neither its model nor its weights."""
-    weights = (f"{FOLDER}/", MODEL)  # model.onnx, and the file of its own tensors, whose name begins alike
+    # model.onnx, and the file of its own tensors, whose name begins alike
+    weights = (f"{FOLDER}/", MODEL, *_models(record))
     kept = [name for name in record["files"] if not name.startswith(weights)]
     for name in kept:
         (new / name).parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from surgeon.errors import UnsupportedError, UsageError
 from surgeon.finalise import finalise
 from surgeon.graph import Graph
 from surgeon.lower.onnx import adapters as apart
-from surgeon.lower.onnx import genai, gqa
+from surgeon.lower.onnx import genai, gqa, seq2seq
 from surgeon.lower.onnx import once as run_once
 from surgeon.lower.onnx.adapter_slots import base_of
 from surgeon.lower.onnx.codes import with_codes
@@ -24,6 +24,9 @@ from surgeon.passes import make
 from surgeon.passes.base import Adapter
 from surgeon.passes.quantiser import Quantiser
 
+MODEL = "model"
+"""What a model is called that is the only one."""
+
 
 @dataclass(frozen=True)
 class Ready:
@@ -31,7 +34,7 @@ class Ready:
 
     Attributes:
         plain: without cache and slots: what is computed.
-        final: what is lowered.
+        parts: what is lowered, by the names of its files: one model, or an encoder and a decoder.
         profile: what it is made for, its attention as asked.
         attention: what computes it, "gqa" or "standard".
         fallbacks: why not what the profile has: reason → paths of the layers.
@@ -40,12 +43,17 @@ class Ready:
     """
 
     plain: Graph
-    final: Graph
+    parts: Mapping[str, Graph]
     profile: Profile
     attention: str
     fallbacks: Mapping[str, list[str]]
     chosen: Quantised | None
     record: dict[str, Any]
+
+    @property
+    def final(self) -> Graph:
+        """The one model, or the decoder."""
+        return list(self.parts.values())[-1]
 
     @property
     def once(self) -> bool:
@@ -65,7 +73,7 @@ def ready(
     """Decide; the arguments are those of `surgeon.lower.onnx.export.export_onnx`.
 
     Raises:
-        UnsupportedError: the model has a decoder with an encoder, or a part of it has no place in the export.
+        UnsupportedError: a part of the model has no place in the export.
         UsageError: integers are to be decided for adapters that are not folded in.
     """
     _require_supported(graph)
@@ -74,6 +82,9 @@ def ready(
     plain = exportable(base_of(graph) if swapped else graph, codes) if chosen is None else _supported(chosen.graph)
     if profile.package == "genai":
         genai.check(plain)
+    if plain.task == seq2seq.TASK and not swapped:
+        why = seq2seq.fallbacks(plain) if profile.attention == GQA else {}
+        return Ready(plain, seq2seq.parts(plain), profile, STANDARD, why, chosen, {})
     final, attention, fallbacks = _final(
         apart.slotted(plain, profile, targets, adapters) if swapped else plain, profile
     )
@@ -81,7 +92,7 @@ def ready(
         standard = replace(profile, attention=STANDARD)
         final = run.apply(apart.slotted(plain, standard, targets, adapters), make("kv_cache"))
     record = apart.manifest(final, plain, profile, dtype) if swapped else {}
-    return Ready(plain, final, profile, attention, fallbacks, chosen, record)
+    return Ready(plain, {MODEL: final}, profile, attention, fallbacks, chosen, record)
 
 
 def _final(plain: Graph, profile: Profile) -> tuple[Graph, str, dict[str, list[str]]]:
@@ -101,7 +112,7 @@ def exportable(graph: Graph, codes: bool = True) -> Graph:
     With `codes` weights stay in codes (see `surgeon.lower.onnx.codes.with_codes`).
 
     Raises:
-        UnsupportedError: it is an encoder with a decoder, or something stays that has no place in the export.
+        UnsupportedError: it has no inputs of text, or something stays that has no place in the export.
     """
     _require_supported(graph)
     return _supported(with_codes(graph) if codes else finalise(graph))
@@ -115,10 +126,12 @@ def _quantised(graph: Graph, precision: str, four_bit: str, adapters: str) -> Qu
 
 
 def _require_supported(graph: Graph) -> None:
-    if graph.task not in ("causal-lm", *run_once.TASKS) or "decoder_input_ids" in graph.inputs:
+    both = "decoder_input_ids" in graph.inputs
+    if graph.task not in ("causal-lm", seq2seq.TASK, *run_once.TASKS) or both != (graph.task == seq2seq.TASK):
         name = graph.config.model_type
         raise UnsupportedError(
-            f"the ONNX export is for causal language models, classifiers and encoders; {name} is read for {graph.task}",
+            f"the ONNX export is for language models, encoder-decoders, classifiers and encoders; {name} is read for "
+            f"{graph.task}",
             graph.source,
             "--target hf writes a merged checkpoint of any model",
         )

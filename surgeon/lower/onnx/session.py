@@ -43,6 +43,17 @@ def left_padded(prompts: list[list[int]]) -> tuple[Array, Array]:
     return ids, mask
 
 
+def padded(rows: list[list[int]], pad: int, *, choices: bool = False) -> dict[str, Array]:
+    """Ids, mask and types `[b, t]`, padded on the right; of multiple choice two choices, itself and itself reversed."""
+    length = max(len(row) for row in rows)
+    ids = np.array([row + [pad] * (length - len(row)) for row in rows], np.int64)
+    mask = np.array([[1] * len(row) + [0] * (length - len(row)) for row in rows], np.int64)
+    if choices:
+        turned = np.array([row[::-1] + [pad] * (length - len(row)) for row in rows], np.int64)
+        ids, mask = np.stack([ids, turned], 1), np.stack([mask, mask], 1)
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+
+
 def numbered(mask: Array) -> Array:
     """Positions `[b, t]` that count the tokens from 0; padding is at 0."""
     found: Array = np.maximum(mask.cumsum(-1) - 1, 0)

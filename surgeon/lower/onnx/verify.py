@@ -18,9 +18,10 @@ import numpy as np
 import onnxruntime
 
 from surgeon.errors import CheckFailed, UnsupportedError, UsageError
+from surgeon.lower.onnx import pair
 from surgeon.lower.onnx.adapter_file import Loaded, as_loaded, load
 from surgeon.lower.onnx.files import AGAIN, MANIFEST, check_files
-from surgeon.lower.onnx.session import Array, empty_cache, left_padded, numbered, open_session
+from surgeon.lower.onnx.session import Array, empty_cache, left_padded, numbered, open_session, padded
 
 SCHEMA = 1
 MODEL = "model.onnx"
@@ -97,13 +98,8 @@ def verify(folder: Path) -> Verified:
     if not verified:
         hint = "export it without --no-verify; its files are those that were written"
         raise UsageError("the export was written unverified: there are no probes", str(folder / MANIFEST), hint)
-    session = open_session(folder / record.get("model", MODEL))
-    bound, pad = float(verified["bound"]), int(record.get("pad", 0))
-    decodes = bool(verified["steps"])
-    slots = as_loaded({}, record) if "slots" in record else None
-    results = [_forced(session, b, bound, slots) if decodes else _once(session, b, pad) for b in verified["batches"]]
-    for adapter in record.get("adapters", ()):
-        results += _adapted(session, folder, adapter, record)
+    bound = float(verified["bound"])
+    results = _replayed(folder, record)
     replayed = [verified, *(adapter["verified"] or {"batches": ()} for adapter in record.get("adapters", ()))]
     errors, agreements = ([result[place] for result in results] for place in (0, 1))
     return Verified(
@@ -112,6 +108,23 @@ def verify(folder: Path) -> Verified:
         {"onnxruntime": onnxruntime.__version__, "numpy": np.__version__},
         time.perf_counter() - began,
     )  # fmt: skip
+
+
+def _replayed(folder: Path, record: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """Error and agreement of every batch."""
+    verified = record["verified"]
+    batches, bound, pad = verified["batches"], float(verified["bound"]), int(record.get("pad", 0))
+    if "encoder" in record:
+        both = pair.open_record(folder, record)
+        return [pair.forced(both, batch, record["first"], bound) for batch in batches]
+    session = open_session(folder / record.get("model", MODEL))
+    if not verified["steps"]:
+        return [_once(session, batch, pad) for batch in batches]
+    slots = as_loaded({}, record) if "slots" in record else None
+    results = [_forced(session, batch, bound, slots) for batch in batches]
+    for adapter in record.get("adapters", ()):
+        results += _adapted(session, folder, adapter, record)
+    return results
 
 
 def _check_machine(record: Mapping[str, Any], folder: Path) -> None:
@@ -198,14 +211,3 @@ def told(outputs: list[str], values: list[Array]) -> list[Array]:
     """Those outputs of a model that its record tells of: scores, or else the first."""
     scores = [value for name, value in zip(outputs, values, strict=True) if name.endswith("logits")]
     return scores or values[:1]
-
-
-def padded(rows: list[list[int]], pad: int, *, choices: bool = False) -> dict[str, Array]:
-    """Ids, mask and types `[b, t]`, padded on the right; of multiple choice two choices, itself and itself reversed."""
-    length = max(len(row) for row in rows)
-    ids = np.array([row + [pad] * (length - len(row)) for row in rows], np.int64)
-    mask = np.array([[1] * len(row) + [0] * (length - len(row)) for row in rows], np.int64)
-    if choices:
-        turned = np.array([row[::-1] + [pad] * (length - len(row)) for row in rows], np.int64)
-        ids, mask = np.stack([ids, turned], 1), np.stack([mask, mask], 1)
-    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}

@@ -3,6 +3,7 @@
     config.json generation_config.json tokenizer.json tokenizer_config.json
     onnx/model{,_fp16,_int8,_q4}.onnx  onnx/model….onnx_data
 
+An encoder-decoder has two models, encoder_model and decoder_model_merged, with a file of data each.
 transformers.js finds a model by its dtype's suffix, external data by the model's name and `_data`, and whether there is
 any in config.json. Dimensions are `batch_size`, `sequence_length`, `past_sequence_length`; of an empty cache it
 resolves the first by that name and takes all others for 0. Where a model has the input `num_logits_to_keep`, it asks
@@ -12,6 +13,7 @@ for the last token's logits alone: a head over the whole prompt costs more than 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,26 +38,24 @@ class Layout:
     data: str
 
 
-def layout(profile: Profile, precision: str) -> Layout:
-    """Where a profile's runtimes look."""
+def layout(profile: Profile, precision: str, part: str = "model") -> Layout:
+    """Where a profile's runtimes look for a model, or for one of two; elsewhere both have one file of data."""
     if profile.package != PACKAGE:
-        return Layout("model.onnx", "model.onnx.safetensors")
+        return Layout(f"{part}.onnx", "model.onnx.safetensors")
     dtype = DTYPES.get(precision, precision)
-    name = f"onnx/model{'' if dtype == 'fp32' else f'_{dtype}'}.onnx"
+    name = f"onnx/{part}{'' if dtype == 'fp32' else f'_{dtype}'}.onnx"
     return Layout(name, f"{name}_data")
 
 
-def describe(folder: Path, profile: Profile, names: Layout, precision: str) -> None:
-    """Tell transformers.js in config.json which model there is, and where its weights are."""
+def describe(folder: Path, profile: Profile, names: Collection[Layout], precision: str) -> None:
+    """Tell transformers.js in config.json which models there are, and where their weights are."""
     if profile.package != PACKAGE:
         return
     path = folder / "config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     dtype = DTYPES.get(precision, precision)
-    told: dict[str, Any] = {
-        "dtype": dtype,
-        "use_external_data_format": {Path(names.model).name: 1} if (folder / names.data).is_file() else False,
-    }
+    apart = {Path(name.model).name: 1 for name in names if (folder / name.data).is_file()}
+    told: dict[str, Any] = {"dtype": dtype, "use_external_data_format": apart or False}
     if precision == "fp16":
         told["kv_cache_dtype"] = {"fp16": "float16"}
     config["transformers.js_config"] = told

@@ -93,7 +93,7 @@ def placed(graph: Graph, folder: Path, names: list[str], dtype: torch.dtype = to
     graph_ir = ir.Graph([], outputs, nodes=nodes, initializers=values, opset_imports={"": 21}, name="model")
     model = ir.Model(graph_ir, ir_version=10)
     folder.mkdir()
-    found = bind.place(model, graph, folder, "bind", OWN)
+    found = bind.place([(model, OWN)], graph, folder, "bind")
     ir.save(model, folder / "model.onnx")
     return found, model
 
