@@ -34,7 +34,7 @@ def encoder_of(graph: Graph) -> Graph:
     states = next(node for node in result.trunk.nodes if node.name == found)
     wiring.output_of(result.trunk).args = ((states,),)
     result.outputs, result.task = (RESULT,), "features"
-    wiring.prune(result)
+    _prune(result)
     return result
 
 
@@ -53,7 +53,7 @@ def decoder_of(graph: Graph) -> Graph:
     states.replace_all_uses_with(given)
     _unmask(result)
     sizes_off_the_decoder(result)
-    wiring.prune(result)
+    _prune(result)
     if left := [name for name in result.inputs if name in ("input_ids", MASK)]:
         what = f"the decoder of {graph.config.model_type} reads {left[0]} outside of its attentions"
         raise UnsupportedError(what, graph.source)
@@ -117,6 +117,14 @@ def new_states(graph: Graph, owner: str) -> None:
     fresh = edit.call(aten.slice.Tensor, states, 1, known, _END)
     fresh.meta["val"] = val(states)
     states.replace_all_uses_with(fresh, delete_user_cb=lambda user: user is not fresh)
+
+
+def _prune(half: Graph) -> None:
+    """Drop what only the other half reads; what no node reads, weights that codes stand for, stays."""
+    before = half.tensors
+    unread = before.keys() - {half.resolve(prefix + str(n.target)) for prefix, n in half.nodes() if n.op == "get_attr"}
+    wiring.prune(half)
+    half.tensors = {name: spec for name, spec in before.items() if name in half.tensors or name in unread}
 
 
 def _copied(graph: Graph) -> Graph:

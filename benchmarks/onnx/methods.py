@@ -4,7 +4,7 @@
     python -m benchmarks.onnx.methods --families llama,gpt2 --profiles ort,openvino
 
 Tiny random models of every architecture. Per profile one export with slots; every method is compiled for it and decodes
-20 tokens, alone and in a left-padded batch. A model or a method without slots is merged instead. What is done is in
+20 tokens, alone and in a padded batch. A model or a method without slots is merged instead. What is done is in
 benchmarks/results/onnx_methods.json and is not done again; the table is benchmarks/results/onnx_methods.md.
 """
 
@@ -137,7 +137,7 @@ def table(results: Mapping[str, Mapping[str, Cell]]) -> str:
             if cell["why"]:
                 reasons.setdefault(cell["why"], []).append(f"{family}/{profile} {method}")
     legend = (
-        "● swapped while the model runs and verified: 20 greedy tokens, alone and in a left-padded batch, every logit "
+        "● swapped while the model runs and verified: 20 greedy tokens, alone and in a padded batch, every logit "
         "within 1e-4 of the largest (max error: relative to it). ●ᵖ the same, its keys and values being what the cache "
         "starts with. ◐ merged, and verified. ○ neither."
     )

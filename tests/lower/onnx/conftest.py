@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import fx
 
 from benchmarks.zoo.folders import folder_of
 from surgeon.checkpoint import Checkpoint
-from surgeon.lower.onnx import export
+from surgeon.graph import structure
+from surgeon.lower.onnx import export, model
 from surgeon.lower.onnx.files import FOLDER
 from surgeon.source import open_graph, open_source
 
@@ -58,6 +61,23 @@ def bound(tmp_path_factory: pytest.TempPathFactory) -> Bound:
         patch.setattr(Checkpoint, "read", counted)
         patch.setattr(export, "replay", replayed)
         return Bound(export.export_onnx(graph, root / "onnx"), snapshot, before)
+
+
+@pytest.fixture(scope="module")
+def lowered_once() -> Iterator[None]:
+    """Parts that are the same in several exports of a file are lowered once: only their tensors' values differ."""
+    lower, known = model.lower_part, dict[object, Any]()
+
+    def remembered(part: fx.Graph, first: Any, second: Any, opset: int) -> Any:
+        sizes = tuple((v.shape, v.dtype) if isinstance(v, torch.Tensor) else v for v in (*first, *second))
+        key = (structure(part), sizes, opset)
+        if key not in known:
+            known[key] = lower(part, first, second, opset)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "lower_part", remembered)
+        yield
 
 
 def traces(folder: Path) -> list[str]:
