@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,13 @@ def manifest(graph: Graph, profile: Profile, precision: str, checked: Replay | N
     }
 
 
-def attention(kind: str, fallbacks: dict[str, list[str]]) -> dict[str, Any]:
+def attention(kind: str, fallbacks: Mapping[str, list[str]], rotary: Mapping[str, list[str]]) -> dict[str, Any]:
     """The manifest's word on attention: what a runtime may do with the cache."""
     own = kind == GQA
     return {
         "operator": "com.microsoft.GroupQueryAttention" if own else "standard",
-        "fallbacks": fallbacks,
+        "fallbacks": dict(fallbacks),
+        "rotary": dict(rotary),
         "padding": "left or right",
         "past_present_share_buffer": own,
         "rows_that_continue_by_several_tokens": "one" if own else "any",

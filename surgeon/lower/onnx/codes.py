@@ -84,7 +84,7 @@ def prepared(graph: Graph, form: Form) -> Graph:
         assert holding is not None
         if node.target is NF4:
             _read_book(made, holding, prefix, str(node.kwargs["kind"]))
-        elif _fits(graph, holding, int(str(node.kwargs["bits"]))):
+        elif fits(graph, holding, int(str(node.kwargs["bits"]))):
             integers.append((holding, int(str(node.kwargs["bits"]))))
         else:
             made.tensors[name] = replace(graph.tensors[name], held=None)
@@ -130,8 +130,8 @@ def place(part: fx.Graph, prefix: str, graph: Graph, form: Form) -> None:
     sweep(part)
 
 
-def _fits(graph: Graph, holding: Holding, bits: int) -> bool:
-    """Whether MatMulNBits takes groups of this size."""
+def fits(graph: Graph, holding: Holding, bits: int) -> bool:
+    """Whether MatMulNBits takes groups of the size that codes have."""
     groups = graph.tensors[holding.parts["scale"]].shape[1]
     size = graph.tensors[holding.parts["codes"]].shape[1] * 8 // bits // groups
     return size >= SMALLEST and size & (size - 1) == 0

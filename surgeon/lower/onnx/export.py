@@ -237,7 +237,7 @@ def _replayed(made: Ready, files: Sequence[Path], probes: Sequence[Probe], dtype
 def _also(made: Ready, form: str, change: float | None) -> dict[str, Any]:
     """What the manifest says of weights, padding, attention and integers."""
     found: dict[str, Any] = {"weights": form, "pad": run_once.pad_of(made.plain)}
-    found["attention"] = beside.attention(made.attention, dict(made.fallbacks))
+    found["attention"] = beside.attention(made.attention, made.fallbacks, made.rotary)
     if made.chosen is not None:
         found["quantised"] = {"change": change, "linears": [asdict(linear) for linear in made.chosen.linears]}
     return found

@@ -1,10 +1,16 @@
-"""Products with a turned weight as `com.microsoft.FusedMatMul`, which reads it as it is stored.
+"""What ONNX Runtime has one operator for, where two parts of a model meet that were lowered apart.
 
-ONNX Runtime turns a constant `Transpose(W)` when it loads a model: seconds, and a second copy of the weight in memory.
-FusedMatMul is its MatMul kernel with a flag instead, prepacked alike. Other runtimes fuse the pair themselves.
+Products with a turned weight are `com.microsoft.FusedMatMul`, which reads it as it is stored. ONNX Runtime turns a
+constant `Transpose(W)` when it loads a model: seconds, and a second copy of the weight in memory. FusedMatMul is its
+MatMul kernel with a flag instead, prepacked alike. Other runtimes fuse the pair themselves.
+
+The sum at the end of a layer and the norm at the start of the next are one operator that returns both,
+`com.microsoft.SkipSimplifiedLayerNormalization`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import onnx_ir as ir
 
@@ -30,14 +36,47 @@ def fuse(model: ir.Model) -> int:
     return count
 
 
+def join_sums(model: ir.Model, sums: Iterable[ir.Node]) -> int:
+    """Sums and the RMS norm that reads them as one operator, which returns both; returns how many.
+
+    Args:
+        model: the model.
+        sums: its sums of two tensors of one shape.
+    """
+    count = 0
+    for node in sums:
+        norm = next(
+            (user for user, _ in node.outputs[0].uses() if user.op_type == "SimplifiedLayerNormalization"), None
+        )
+        if norm is None:
+            continue
+        given = [*node.inputs, norm.inputs[1]]
+        options = {"epsilon": norm.attributes["epsilon"].value}
+        name = "SkipSimplifiedLayerNormalization"
+        both = ir.node(name, given, options, domain=DOMAIN, name=norm.name, num_outputs=4)
+        both.outputs[1].name = both.outputs[2].name = ""  # the mean and its root, which training reads
+        model.graph.insert_before(node, both)
+        _take_over(model.graph, node, both.outputs[3])
+        _take_over(model.graph, norm, both.outputs[0])
+        count += 1
+    if count:
+        model.graph.opset_imports[DOMAIN] = 1
+    return count
+
+
 def _is_matrix(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer() and value.shape is not None and len(value.shape) == 2
 
 
 def _replace(graph: ir.Graph, node: ir.Node, fresh: ir.Node) -> None:
-    old, new = node.outputs[0], fresh.outputs[0]
-    name, kind, shape = old.name, old.type, old.shape
     graph.insert_before(node, fresh)
+    _take_over(graph, node, fresh.outputs[0])
+
+
+def _take_over(graph: ir.Graph, node: ir.Node, new: ir.Value) -> None:
+    """A value in the place of a node's output, under its name."""
+    old = node.outputs[0]
+    name, kind, shape = old.name, old.type, old.shape
     for position, output in enumerate(graph.outputs):
         if output is old:
             graph.outputs[position] = new

@@ -3,27 +3,32 @@
 The operator reads the new keys and values and those of earlier tokens, and returns the attention and all of them: the
 runtime may keep both in one buffer (`past_present_share_buffer`), so nothing may ask how long the past's tensor is; the
 length is that of the attention mask. Padding, on either side, goes in as a sum on the scores: what the operator knows
-of lengths alone (`seqlens_k`) would be wrong for a batch padded on the left.
+of lengths alone (`seqlens_k`) would be wrong for a batch padded on the left. Rotary embeddings are its own, or
+com.microsoft.RotaryEmbedding, or as the model writes them: see `surgeon.lower.onnx.rotary` and `angles`.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from surgeon import ops
-from surgeon.graph import Graph, copied, sweep, val
+from surgeon import positions
+from surgeon.graph import MODEL_DTYPE, Graph, copied, sweep, val
+from surgeon.lower.onnx import group_query, rotary
+from surgeon.lower.onnx.angles import Angles
+from surgeon.lower.onnx.rows import give_rows, in_rows
 from surgeon.sites import has_argument
-from surgeon.wiring import inputs_of
+from surgeon.wiring import add_input, call_of, calls_of, inputs_of, prune
 
 aten = torch.ops.aten
 MULTIPLE = 8
-"""What the size of a head has to be a multiple of."""
+"""What the size of a head has to be a multiple of, and the number of angles that the operator turns it by."""
+OWN, NODE, WRITTEN = "GroupQueryAttention", "RotaryEmbedding", "none found"
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,12 @@ class Fused:
     Attributes:
         graph: the graph.
         reasons: why it is as it was: reason → paths of the layers.
+        rotary: what computes rotary embeddings, if there are any: operator → paths of the layers.
     """
 
     graph: Graph
     reasons: Mapping[str, Sequence[str]]
+    rotary: Mapping[str, Sequence[str]]
 
     @property
     def fused(self) -> bool:
@@ -44,107 +51,139 @@ class Fused:
         return not self.reasons
 
 
-def fuse(graph: Graph) -> Fused:
+def fuse(graph: Graph, *, preloaded: bool = False) -> Fused:
     """Put the operator in the place of every attention of a graph with a K/V cache, or of none.
 
-    Runtimes that keep past and present in one buffer need all attentions to do so.
+    Runtimes that keep past and present in one buffer need all attentions to do so. A cache may be `preloaded` with keys
+    that no angle has turned (a prefix): tokens are then turned by their positions, and not by their places in the row.
     """
     reasons: dict[str, list[str]] = {}
     for part, paths in [(graph.trunk, ["the trunk"]), *graph.groups()]:
         for node in _attentions(part):
-            why = "it is in no layer" if part is graph.trunk else _unfit(graph, node)
+            why = "it is in no layer" if part is graph.trunk else _unfit(graph, node, paths)
             if why:
                 reasons.setdefault(why, []).extend(paths)
     if not any(_attentions(part) for part, _ in graph.groups()):
         reasons["the model has no attention that surgeon knows"] = ["the model"]
     if reasons:
-        return Fused(graph, reasons)
-    made = graph.copy()
+        return Fused(graph, reasons, {})
+    fusion = _Fusion(graph, preloaded=preloaded)
     for shared, paths in graph.groups():
         part, _ = copied(shared)
         for node in _attentions(part):
-            _replace(part, node)
+            fusion.replace(part, paths, node)
         sweep(part)
-        made.layers.update(dict.fromkeys(paths, part))
-    made.trunk, _ = copied(graph.trunk)
-    _measure_by_mask(made.trunk)
-    return Fused(made, {})
+        fusion.made.layers.update(dict.fromkeys(paths, part))
+    _measure_by_mask(fusion.trunk)
+    _prune(fusion.made)
+    return Fused(fusion.made, {}, fusion.rotary)
 
 
-def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    past_k: torch.Tensor,
-    past_v: torch.Tensor,
-    mask: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    *,
-    heads: int,
-    shared: int,
-    scale: float,
-    window: int = 0,
-    chunk: int = 0,
-    softcap: float = 0.0,
-    **_: Any,
-) -> list[torch.Tensor]:
-    """The attention `[b, h, t, d]`, and keys and values with their past `[b, h_kv, s, d]`.
+class _Fusion:
+    """Replaces the attentions of a copy of a graph; what all layers need is computed once, in the trunk."""
 
-    Args:
-        q: queries of the new tokens `[b, h, t, d]`.
-        k: their keys `[b, h_kv, t, d]`.
-        v: their values.
-        past_k: keys of earlier tokens `[b, h_kv, s - t, d]`.
-        past_v: their values.
-        mask: `[b, s]`, True where a key is a token.
-        bias: added to the scores, or where False not seen, `[b | 1, h | 1, t, s]`.
-        sinks: `[h]`, a score per head whose share is dropped.
-        heads: h.
-        shared: h_kv.
-        scale: of the scores.
-        window: keys that a query sees, 0 for all.
-        chunk: see `surgeon.ops.visible`.
-        softcap: of the scores, 0 for none.
-    """
-    kind, batch, size = v.dtype, q.shape[0], q.shape[3]
-    added = _added(mask, bias, chunk, q.shape[2], kind)
-    lengths = torch.full((batch,), mask.shape[1] - 1, dtype=torch.int32)
-    total = torch.full((), mask.shape[1], dtype=torch.int32)
-    rows = [x.to(kind).transpose(1, 2).flatten(2) for x in (q, k, v)]
-    given = [*rows, past_k, past_v, lengths, total, None, None, None, added]
-    given += [] if sinks is None else [sinks.to(kind)]
-    options: dict[str, Any] = {"num_heads": heads, "kv_num_heads": shared, "scale": scale}
-    options |= {"local_window_size": window} if window else {}
-    options |= {"softcap": softcap} if softcap else {}
-    cache = [batch, shared, mask.shape[1], size]
-    made = torch.onnx.ops.symbolic_multi_out(
-        "com.microsoft::GroupQueryAttention", given, options, dtypes=[kind] * 3,
-        shapes=[[batch, q.shape[2], heads * size], cache, cache], version=1,
-    )  # fmt: skip
-    result, keys, values = (x.to(q.device) for x in made)  # symbolic operators trace as tensors of the CPU
-    return [result.unflatten(2, (heads, size)).transpose(1, 2), keys, values]
+    def __init__(self, graph: Graph, *, preloaded: bool) -> None:
+        self.made = graph.copy()
+        self.made.trunk, _ = copied(graph.trunk)
+        self.trunk = self.made.trunk
+        self.angles = Angles(graph, self.trunk, 0 if preloaded else positions.limit(graph))
+        self.inputs = {str(node.target): node for node in inputs_of(self.trunk)}
+        self.rotary: dict[str, list[str]] = {}
+        self._added: dict[tuple[fx.Node, int], fx.Node] = {}
+        mask, last = self.inputs["attention_mask"], inputs_of(self.trunk)[-1]
+        with self.trunk.inserting_before(last.next):
+            self.lengths = self.trunk.call_function(group_query.lengths, (mask,))
+            self.total = self.trunk.call_function(group_query.total, (mask,))
 
+    def replace(self, part: fx.Graph, paths: list[str], node: fx.Node) -> None:
+        """The operator in the place of one attention."""
+        keys, values = _past(node, 1), _past(node, 2)
+        assert keys is not None
+        assert values is not None
+        given: list[Any] = [*node.args[3:], None, None]
+        mask, bias, sinks = given[:3]
+        options: dict[str, Any] = {k: node.kwargs[k] for k in ("scale", "window", "softcap") if k in node.kwargs}
+        options["heads"] = int(val(node.args[0]).shape[1])
+        chunk = int(str(node.kwargs.get("chunk", 0)))
+        added = self._hand(part, paths, mask, f"added_{chunk}", lambda known: self._sum(known, chunk))
+        lengths = self._hand(part, paths, mask, "lengths", lambda _: self.lengths)
+        total = self._hand(part, paths, mask, "total", lambda _: self.total)
+        rows, angles, more = self._turned(part, paths, node, (node.args[0], keys[1], values[1]))
+        with part.inserting_before(node):
+            added = added if bias is None else part.call_function(group_query.biased, (added, bias))
+            args = (*rows, keys[0], values[0], lengths, total, added, *angles, sinks)
+            made = part.call_function(group_query.attention, args, options | more)
+            pieces = [part.call_function(operator.getitem, (made, position)) for position in range(3)]
+        for old, piece in zip((node.args[1], node.args[2]), pieces[1:], strict=True):
+            assert isinstance(old, fx.Node)
+            piece.meta = dict(old.meta)
+            old.replace_all_uses_with(piece, delete_user_cb=lambda user: user is not node)
+        give_rows(node, pieces[0])
+        part.erase_node(node)
 
-def _added(mask: torch.Tensor, bias: torch.Tensor | None, chunk: int, queries: int, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to the scores, `[b, h | 1, t, s]`: half the lowest number, so that no sum of it is infinite."""
-    seen = ops.visible(mask, queries, mask.shape[1], causal=False, window=0, chunk=chunk, device=mask.device)
-    assert seen is not None
-    if bias is not None and bias.dtype == torch.bool:
-        seen, bias = seen & bias, None
-    none = torch.scalar_tensor(0.0, dtype=dtype, device=mask.device)
-    low = torch.scalar_tensor(torch.finfo(dtype).min / 2, dtype=dtype, device=mask.device)
-    added = torch.where(seen, none, low)
-    if bias is not None:
-        added = added + bias.to(dtype)
-    return added.expand(mask.shape[0], added.shape[1], queries, mask.shape[1])
+    def _turned(
+        self, part: fx.Graph, paths: list[str], node: fx.Node, given: tuple[Any, Any, Any]
+    ) -> tuple[list[fx.Node], tuple[Any, Any], dict[str, Any]]:
+        """Rows of queries, keys and values, tables of angles for the operator itself, and options."""
+        q, k, v = given
+        found, other = rotary.find(q), rotary.find(k)
+        same = found is not None and other is not None and found.like(other)
+        how = self._how(part, paths, found, int(val(q).shape[3])) if found is not None and same else WRITTEN
+        self.rotary.setdefault(how, []).extend(paths)
+        if found is None or other is None or how == WRITTEN:
+            return [in_rows(x) for x in given], (None, None), {}
+        rows, tables, make = [in_rows(x) for x in (found.x, other.x, v)], (found.cos, found.sin), found.table
+        if how == OWN:
+            cos, sin = (self._hand(part, paths, t, "table", lambda one: self.angles.table(one, make)) for t in tables)
+            return rows, (cos, sin), {"pairs": found.pairs}
+        cos, sin = (self._hand(part, paths, t, "angles", lambda one: self.angles.current(one, make)) for t in tables)
+        places = self._hand(part, paths, found.cos, "places", self.angles.places)
+        with part.inserting_before(node):
+            for position, x in enumerate((q, k)):
+                options = {"heads": int(val(x).shape[1]), "pairs": found.pairs}
+                turned = part.call_function(group_query.rotated, (rows[position], places, cos, sin), options)
+                rows[position] = turned
+        return rows, (None, None), {}
+
+    def _how(self, part: fx.Graph, paths: list[str], found: rotary.Rotation, size: int) -> str:
+        """What computes a rotation in all of the layers."""
+        pairs = {(self._given(part, path, found.cos), self._given(part, path, found.sin)) for path in paths}
+        if not all(self.angles.has(node, found.table) for pair in pairs for node in pair):
+            return WRITTEN
+        fits = found.channels % (2 * MULTIPLE) == 0 == size % (2 * MULTIPLE)
+        return OWN if fits and all(self.angles.relative(*pair, found.table) for pair in pairs) else NODE
+
+    def _given(self, part: fx.Graph, path: str, node: fx.Node) -> Any:
+        """What the trunk gives a layer for an input."""
+        return call_of(self.trunk, path).args[inputs_of(part).index(node)]
+
+    def _hand(
+        self, part: fx.Graph, paths: list[str], source: fx.Node, label: str, make: Callable[[fx.Node], fx.Node]
+    ) -> fx.Node:
+        """One more input of a layer, made in the trunk of what it gives for another one."""
+        name = f"{source.target}_{label}"
+        known = next((node for node in inputs_of(part) if node.target == name), None)
+        if known is not None:
+            return known
+        for path in paths:
+            call = call_of(self.trunk, path)
+            call.args = (*call.args, make(self._given(part, path, source)))
+        return add_input(part, name)
+
+    def _sum(self, mask: fx.Node, chunk: int) -> fx.Node:
+        """What hides padding, of a mask of the trunk."""
+        if (mask, chunk) not in self._added:
+            with self.trunk.inserting_before(mask.next):
+                args = (mask, self.inputs["input_ids"], self.trunk.get_attr(MODEL_DTYPE), chunk)
+                self._added[mask, chunk] = self.trunk.call_function(group_query.added, args)
+        return self._added[mask, chunk]
 
 
 def _attentions(part: fx.Graph) -> list[fx.Node]:
     return [node for node in part.nodes if node.target is torch.ops.surgeon.attention.default]
 
 
-def _unfit(graph: Graph, node: fx.Node) -> str:
+def _unfit(graph: Graph, node: fx.Node, paths: Sequence[str]) -> str:
     """Why the operator does not compute an attention, or ""."""
     q, k, v = (val(argument) for argument in node.args[:3])
     options = node.kwargs
@@ -156,8 +195,10 @@ def _unfit(graph: Graph, node: fx.Node) -> str:
         return "it is not causal by itself"
     if options.get("group"):
         return "it is grouped"
-    if not has_argument(node, 3):
-        return "it has no mask"
+    if not has_argument(node, 3) or node.args[3].op != "placeholder":
+        return "it has no mask that all layers share"
+    if any(len(calls_of(graph.trunk, path)) > 1 for path in paths):
+        return "its layer is called more than once"
     if q.shape[-1] != v.shape[-1]:
         return f"its keys have {q.shape[-1]} and its values {v.shape[-1]} channels"
     if q.shape[-1] % MULTIPLE:
@@ -184,21 +225,11 @@ def _past(node: fx.Node, position: int) -> tuple[Any, Any] | None:
     return (past, new) if alone and all(user is node or user.op == "output" for user in whole.users) else None
 
 
-def _replace(part: fx.Graph, node: fx.Node) -> None:
-    keys, values = _past(node, 1), _past(node, 2)
-    assert keys is not None
-    assert values is not None
-    with part.inserting_before(node):
-        args = (node.args[0], keys[1], values[1], keys[0], values[0], *node.args[3:])
-        q, k = (int(val(given).shape[1]) for given in node.args[:2])
-        made = part.call_function(attention, args, {**node.kwargs, "heads": q, "shared": k})
-        made.meta = dict(node.meta)
-        pieces = [part.call_function(operator.getitem, (made, position)) for position in range(3)]
-    for old, piece in zip((node, node.args[1], node.args[2]), pieces, strict=True):
-        assert isinstance(old, fx.Node)
-        piece.meta = dict(old.meta)
-        old.replace_all_uses_with(piece, delete_user_cb=lambda user: user is not node)
-    part.erase_node(node)
+def _prune(graph: Graph) -> None:
+    """Drop what nothing reads any more, tensors apart: codes stand for weights that no node reads."""
+    tensors, ties = graph.tensors, graph.ties
+    prune(graph)
+    graph.tensors, graph.ties = tensors, ties
 
 
 def _measure_by_mask(trunk: fx.Graph) -> None:

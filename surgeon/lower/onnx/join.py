@@ -27,11 +27,13 @@ class Joined:
         nodes: of all parts, in any order.
         tensors: the model's tensors by their Hugging Face names, and the parts' small constants.
         read: how a tensor is read when the file is written: (shape, dtype, function), by name.
+        sums: of two tensors `[b, t, n]`, none of which is repeated: what a norm may be joined with.
     """
 
     read: Callable[[str], tuple[tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]]
     nodes: list[ir.Node] = field(default_factory=list)
     tensors: dict[str, ir.Value] = field(default_factory=dict)
+    sums: list[ir.Node] = field(default_factory=list)
 
     def tensor(self, name: str) -> ir.Value:
         """The initialiser of a tensor; one however many parts read it."""
@@ -51,6 +53,7 @@ class Joined:
             value.name = f"{prefix}{name}"
             self.tensors[value.name] = value
         nodes = list(graph)
+        self.sums += [node for node in nodes if node.op_type == "Add" and _alike(node)]
         for node in nodes:
             node.name = f"{prefix}{node.name}"
             for made in node.outputs:
@@ -65,6 +68,12 @@ class Joined:
         graph.remove(nodes)
         self.nodes += nodes
         return outputs
+
+
+def _alike(node: ir.Node) -> bool:
+    first, second = (value.shape if value is not None else None for value in node.inputs)
+    known = first is not None and not any(first.is_unknown_dim(axis) for axis in range(len(first)))
+    return first is not None and known and len(first) == 3 and first == second
 
 
 def _tensor(value: torch.Tensor, dtype: torch.dtype, name: str) -> ir.Tensor:

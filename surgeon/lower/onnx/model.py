@@ -15,8 +15,9 @@ from surgeon.halves import STATES
 from surgeon.lower.onnx import slots
 from surgeon.lower.onnx.adapter_file import IDS, is_slot
 from surgeon.lower.onnx.codes import Form, prepared
-from surgeon.lower.onnx.fused import fuse
+from surgeon.lower.onnx.fused import fuse, join_sums
 from surgeon.lower.onnx.join import WIDE, Joined, Shape, finish, typed
+from surgeon.lower.onnx.packed import packed
 from surgeon.lower.onnx.parts import META, SIZES, Part, Shapes, input_name, lower_part, lowered, segments, turnable
 from surgeon.lower.onnx.profiles import BLOCKS, DEFAULT, GQA, PROFILES, Profile
 from surgeon.module import read_tensor
@@ -50,7 +51,7 @@ def build(
         UnsupportedError: a part of the graph has no ONNX form.
     """
     form = Form(four_bit, level, profile.integers == BLOCKS, profile.attention == GQA and dtype == torch.float32)
-    graph = prepared(graph, form)
+    graph = prepared(packed(graph), form)
     turned = turnable(graph) if turn else set()
     trunk = lowered(graph.trunk, [""], turned, graph, dtype, form)
     layers = {
@@ -68,6 +69,8 @@ def build(
     model = finish(joined, inputs, results, _outputs(graph, trunk, runs), profile.opset)
     if profile.contrib:
         fuse(model)
+    if form.norms:
+        join_sums(model, joined.sums)
     return model
 
 

@@ -1,4 +1,4 @@
-"""RMS norms as one operator of ONNX Runtime's, which it also joins with the sum before them.
+"""RMS norms as one operator of ONNX Runtime's; `surgeon.lower.onnx.fused` joins it with the sum before.
 
     x · rsqrt(mean(x²) + ε) · w   →   SimplifiedLayerNormalization(x, w)
 

@@ -215,13 +215,18 @@ def lower_part(part: fx.Graph, first: tuple[Any, ...], second: tuple[Any, ...], 
     module = fx.GraphModule(torch.nn.Module(), part)
     try:
         with silence(), torch.no_grad():
-            program = torch.export.export(module, first, dynamic_shapes=shapes)
+            program = torch.export.export(module, tuple(map(_alone, first)), dynamic_shapes=shapes)
             made = torch.onnx.export(program, (), input_names=names, opset_version=opset, verbose=False)
     except Exception as error:  # both exporters raise every kind of exception for what they cannot do
         reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedError(f"no ONNX form: {reason}", hint="--target hf writes a checkpoint") from error
     assert made is not None
     return made.model
+
+
+def _alone(given: Any) -> Any:
+    """A tensor that is no view of another: torch.export would guard what it is a view of."""
+    return given.clone() if isinstance(given, torch.Tensor) and given._base is not None else given
 
 
 @contextmanager

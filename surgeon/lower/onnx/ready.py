@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from surgeon.lower.onnx.adapter_slots import base_of
 from surgeon.lower.onnx.codes import with_codes
 from surgeon.lower.onnx.precision import BITS, Quantised, quantised
 from surgeon.lower.onnx.profiles import GQA, STANDARD, Profile
+from surgeon.lower.onnx.slots import Slots
 from surgeon.lower.virtual_columns import as_columns
 from surgeon.passes import make
 from surgeon.passes.base import Adapter
@@ -40,6 +41,7 @@ class Ready:
         fallbacks: why not what the profile has: reason → paths of the layers.
         chosen: of int8 and int4, what became of each linear.
         record: the manifest of slots, empty where adapters are no inputs.
+        rotary: what computes rotary embeddings beside a fused attention: operator → paths of the layers.
     """
 
     plain: Graph
@@ -49,6 +51,7 @@ class Ready:
     fallbacks: Mapping[str, list[str]]
     chosen: Quantised | None
     record: dict[str, Any]
+    rotary: Mapping[str, list[str]] = field(default_factory=dict)
 
     @property
     def final(self) -> Graph:
@@ -85,25 +88,26 @@ def ready(
     if plain.task == seq2seq.TASK and not swapped:
         why = seq2seq.fallbacks(plain) if profile.attention == GQA else {}
         return Ready(plain, seq2seq.parts(plain), profile, STANDARD, why, chosen, {})
-    final, attention, fallbacks = _final(
+    final, attention, fallbacks, turned = _final(
         apart.slotted(plain, profile, targets, adapters) if swapped else plain, profile
     )
     if swapped and attention == STANDARD != profile.attention:
         standard = replace(profile, attention=STANDARD)
         final = run.apply(apart.slotted(plain, standard, targets, adapters), make("kv_cache"))
     record = apart.manifest(final, plain, profile, dtype) if swapped else {}
-    return Ready(plain, {MODEL: final}, profile, attention, fallbacks, chosen, record)
+    return Ready(plain, {MODEL: final}, profile, attention, fallbacks, chosen, record, turned)
 
 
-def _final(plain: Graph, profile: Profile) -> tuple[Graph, str, dict[str, list[str]]]:
-    """What is lowered, the kind of its attention, and why that is not the profile's."""
+def _final(plain: Graph, profile: Profile) -> tuple[Graph, str, dict[str, list[str]], dict[str, list[str]]]:
+    """What is lowered, the kind of its attention, why that is not the profile's, and what computes rotations."""
     if plain.task in run_once.TASKS:
-        return run_once.numbered(plain), STANDARD, {}
+        return run_once.numbered(plain), STANDARD, {}, {}
     cached = run.apply(plain, make("kv_cache"))
     if profile.attention != GQA:
-        return cached, STANDARD, {}
-    fused = gqa.fuse(cached)
-    return fused.graph, GQA if fused.fused else STANDARD, {why: list(paths) for why, paths in fused.reasons.items()}
+        return cached, STANDARD, {}, {}
+    fused = gqa.fuse(cached, preloaded=any(isinstance(step, Slots) for step in plain.applied))
+    reasons, rotary = ({why: list(paths) for why, paths in said.items()} for said in (fused.reasons, fused.rotary))
+    return fused.graph, GQA if fused.fused else STANDARD, reasons, rotary
 
 
 def exportable(graph: Graph, codes: bool = True) -> Graph:
