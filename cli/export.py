@@ -65,10 +65,10 @@ def command(
     """Fold the adapters in, lower the model to a target, and run the result against torch before it gets its name.
 
     For onnx: one model.onnx with K/V cache for prefill and decode, replayed in ONNX Runtime for 20 greedy tokens, alone
-    and in a left-padded batch. For triton: binaries for the named architectures, weights and a program (surgeon run),
-    replayed here without a GPU. For vllm and sglang: the adapter as the LoRA they read, refused where they would leave
-    a part of it out, and the command that serves it. Exits with 1 and leaves nothing behind if it computes something
-    else.
+    and in a left-padded batch; of an encoder-decoder two graphs. For triton: binaries for the named architectures,
+    weights and a program (surgeon run), replayed here without a GPU. For vllm and sglang: the adapter as the LoRA they
+    read, refused where they would leave a part of it out, and the command that serves it. Exits with 1 and leaves
+    nothing behind if it computes something else.
 
     Examples:
         surgeon export work/ --target onnx -o onnx/

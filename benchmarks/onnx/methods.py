@@ -50,7 +50,7 @@ METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 FAMILIES = (
     "llama", "qwen2", "qwen3", "mistral", "phi3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "opt", "olmo2",
-    "mixtral", "bert", "roberta", "deberta-v2", "distilbert", "t5", "bart",
+    "mixtral", "bert", "roberta", "deberta-v2", "distilbert", "t5", "t5-gated", "bart",
 )  # fmt: skip
 TASKS = {"roberta": "sequence-classification", "distilbert": "sequence-classification"}
 GENERIC = ("qwen2", "gemma")
