@@ -145,7 +145,8 @@ class KvCache(Pass):
                 continue
             if self.phase == BOTH:
                 new = given
-                given = _after_past(edit, new, word, new, shape)
+                whole = (*shape[:2], halves.states_length(edit.graph), shape[3])
+                given = _after_past(edit, new, word, new, whole)
                 given.meta["val"] = new.meta["val"]  # of a later call: all are in the past
             edit.model_output(given, _names(edit, "present", word))
 

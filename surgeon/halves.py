@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from surgeon import lengths, wiring
+from surgeon import lengths, virtual, wiring
 from surgeon.edit import Edit
 from surgeon.errors import UnsupportedError
 from surgeon.graph import INPUT, Graph, copied, val
@@ -49,7 +49,7 @@ def decoder_of(graph: Graph) -> Graph:
     result, found = _copied(graph), _states(graph).name
     states = next(node for node in result.trunk.nodes if node.name == found)
     given = wiring.add_input(result.trunk, STATES)
-    given.meta["val"] = val(states)
+    given.meta["val"] = _as_long_as_its_text(graph, val(states))
     states.replace_all_uses_with(given)
     _unmask(result)
     sizes_off_the_decoder(result)
@@ -67,6 +67,22 @@ def renamed(graph: Graph, names: dict[str, str]) -> Graph:
         name = str(node.meta.get(INPUT, node.target))
         node.meta[INPUT] = names.get(name, name)
     return result
+
+
+def _as_long_as_its_text(graph: Graph, states: torch.Tensor) -> torch.Tensor:
+    """The states' shape, with those of the virtual tokens before the text."""
+    ids = next(node for node in wiring.inputs_of(graph.trunk) if node.target == "input_ids")
+    shape, mode = (
+        (states.shape[0], val(ids).shape[1] + virtual.count(graph), states.shape[2]),
+        ids.meta["val"].fake_mode,
+    )
+    with mode:
+        return torch.empty(shape, dtype=states.dtype, device="meta")
+
+
+def states_length(graph: Graph) -> Any:
+    """How many states a decoder is given, a symbolic size."""
+    return val(dict(zip(graph.inputs, wiring.inputs_of(graph.trunk), strict=True))[STATES]).shape[1]
 
 
 def is_decoder(graph: Graph) -> bool:

@@ -13,7 +13,11 @@ from surgeon.passes import make
 from tests.passes.test_kv_cache import PIECES, caches, call
 
 FAMILIES = ("t5", "bart")
-METHODS = {"lora": {"rank": 2}, "prefix": {"tokens": 3, "sites": "encoder,decoder,cross"}}
+METHODS = {
+    "lora": {"rank": 2},
+    "prefix": {"tokens": 3, "sites": "encoder,decoder,cross"},
+    "prompt": {"tokens": 3, "init": "normal"},
+}
 
 
 @torch.no_grad()
