@@ -26,6 +26,7 @@ def command(
     pool: Annotated[str, typer.Option(help="Memory for K/V pages and adapters.")] = "1G",
     host_cache: Annotated[str, typer.Option(help="Memory for adapters that were read from disk.")] = "4G",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; the checkpoint's if not given.")] = "",
+    device: Annotated[str, typer.Option(help="cpu, cuda, …; default: a GPU if there is one.")] = "",
     quantise: Annotated[str, typer.Option(help="Quantise the base: nf4, or intq(bits=4).")] = "",
     deterministic: Annotated[bool, typer.Option(help="The same bits for a request, whatever else is asked.")] = False,
     targets: Annotated[str, typer.Option(help="The linears that adapters may change.")] = "*",
@@ -77,8 +78,8 @@ def command(
     limits = Limits(running=running, adapters=active, step=step, queue=queue)
     share = _joined(tensor_parallel)
     model: dict[str, Any] = {
-        "pool_bytes": sizes["--pool"], "dtype": _dtype(dtype), "quantise": quantise, "deterministic": deterministic,
-        "targets": targets, "share": share,
+        "pool_bytes": sizes["--pool"], "dtype": _dtype(dtype), "device": _device(device, tensor_parallel),
+        "quantise": quantise, "deterministic": deterministic, "targets": targets, "share": share,
     }  # fmt: skip
     if share is not None and share.rank:
         follow(base, **model)
@@ -126,6 +127,20 @@ def _dtype(text: str) -> Any:
     if text and text not in names:
         raise UsageError(f"--dtype is {text!r}", "--dtype", ", ".join(names))
     return names.get(text)
+
+
+def _device(text: str, processes: int) -> str:
+    import torch
+
+    where = text or ("cuda" if torch.cuda.is_available() and processes == 1 else "cpu")
+    if processes > 1 and where != "cpu":
+        raise UsageError(f"{processes} processes share the model on {where}", "--tensor-parallel", "--device cpu")
+    try:
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        what = f"cannot use the device '{where}': {str(error).splitlines()[0]}"
+        raise UsageError(what, "--device", "cpu, or surgeon doctor to see what there is") from error
+    return where
 
 
 def _template(path: Path | None) -> str:

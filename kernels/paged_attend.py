@@ -44,6 +44,8 @@ def attend(
     N: Int,
     KV: Int,
     MOST: Int,
+    KEY_PAGE: Int,
+    VALUE_PAGE: Int,
     scale: Float,
     softcap: Float,
     WINDOW: tl.constexpr,
@@ -91,7 +93,8 @@ def attend(
             token = slot - padded
             inside = token < position + length
             page = tl.load(blocks + request * MOST + slot // PAGE, mask=inside, other=0)
-            at = (page.to(tl.int64) * PAGE + slot % PAGE) * KV + head
+            at = slot % PAGE * KV + head
+            key, value = page.to(tl.int64) * KEY_PAGE + at * D, page.to(tl.int64) * VALUE_PAGE + at * DV
             sees = (token[None, :] >= 0) & (token[None, :] <= here[:, None])
             if WINDOW:
                 sees = sees & (token[None, :] > here[:, None] - WINDOW)
@@ -101,8 +104,8 @@ def attend(
                     column = column & ((slot - prefix)[None, :] > here[:, None] - WINDOW)
                 sees = sees | column
             used = (slot < prefix) | ((token >= 0) & inside)
-            ks = tl.load(k_pages + at[None, :] * D + d[:, None], mask=used[None, :] & (d < D)[:, None], other=0.0)
-            vs = tl.load(v_pages + at[:, None] * DV + dv, mask=used[:, None] & (dv < DV), other=0.0)
+            ks = tl.load(k_pages + key[None, :] + d[:, None], mask=used[None, :] & (d < D)[:, None], other=0.0)
+            vs = tl.load(v_pages + value[:, None] + dv, mask=used[:, None] & (dv < DV), other=0.0)
             ks, vs = ks.to(xs.dtype), vs.to(xs.dtype)
             scores = tl.dot(xs, ks, input_precision="ieee") * scale
             if CAPPED:
@@ -216,7 +219,8 @@ def launch(
     attend.launch(
         q=q, k_pages=k_pages, v_pages=v_pages, blocks=blocks, prefixes=segments if prefixes is None else prefixes,
         segments=segments, sinks=extra, result=parts, stats=stats, T=len(segments), N=count, KV=kv,
-        MOST=blocks.shape[1], scale=float(scale), softcap=float(softcap), WINDOW=window, SPLITS=splits,
+        MOST=blocks.shape[1], KEY_PAGE=k_pages.stride(0), VALUE_PAGE=v_pages.stride(0), scale=float(scale),
+        softcap=float(softcap), WINDOW=window, SPLITS=splits,
         PREFIXED=prefixes is not None, WINDOWED=windowed, CAPPED=bool(softcap), SINKS=sinks is not None,
         UPCAST=q.device.type == "cpu", BN=keys, **constants, warps=warps,
     )  # fmt: skip
@@ -237,8 +241,9 @@ def _variants(dtype: str, group: int, size: int, tile: int, splits: int, **more:
     return (
         Variant(
             attend, label,
-            f"*{dtype} *{dtype} *{dtype} *i32 *i32 *i32 *{dtype} *{found} *{found} i32 i32 i32 i32 fp32 fp32",
+            f"*{dtype} *{dtype} *{dtype} *i32 *i32 *i32 *{dtype} *{found} *{found} i32 i32 i32 i32 i32 i32 fp32 fp32",
             {**constants, **flags, "BN": keys, "SPLITS": splits}, warps=warps,
+            divisible=frozenset({"KEY_PAGE", "VALUE_PAGE"}),
         ),
         Variant(
             join, label, f"*fp32 *fp32 *{dtype} *{dtype} i32 i32",

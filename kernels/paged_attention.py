@@ -8,7 +8,7 @@ be moved to grow, and requests that begin alike can share their first pages. Lea
 the first pages of a request, which all requests of an adapter share: p columns, the rest of the last prefix page
 unused, and token 0 starts a page.
 
-    k_pages   [pages, page, h_kv, d]      v_pages  [pages, page, h_kv, d_v]
+    k_pages   [pages, page, h_kv, d]      v_pages  [pages, page, h_kv, d_v], any numbers between one page and the next
     blocks    int32 [requests, most]      pages of each request in order, its prefix pages first
     prefixes  int32 [requests]            p, the number of its prefix columns; None where nobody has any
     segments  int32 [t, 4]                START, LENGTH, REQUEST, POSITION: rows START … START + LENGTH of q are
@@ -152,8 +152,8 @@ def can_use(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, tile:
     """Why the kernels cannot run on these, "" if they can; then the reference runs in their place."""
     if q.dtype not in _DTYPES or k_pages.dtype != q.dtype or v_pages.dtype != q.dtype:
         return f"dtypes {q.dtype}, {k_pages.dtype} and {v_pages.dtype}: one of fp32, fp16 and bf16 for all is needed"
-    if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
-        return "pages that are not contiguous"
+    if not (k_pages[0].is_contiguous() and v_pages[0].is_contiguous()):
+        return "a page that is not contiguous"
     if max(q.shape[-1], v_pages.shape[-1]) > 256:
         return f"heads of {max(q.shape[-1], v_pages.shape[-1])}, above 256"
     most = paged_attend.longest(q.shape[1], k_pages.shape[2], q.dtype)

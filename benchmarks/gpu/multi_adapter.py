@@ -6,6 +6,7 @@ import torch
 
 from benchmarks.gpu.case import Case, Run
 from surgeon.kernels import multi_adapter, shrink_expand
+from surgeon.serve.packed import WIDTH
 
 # (rows, inputs, outputs, ranks): decode with an adapter for each row, and prefill with four
 SHAPES = {True: [(6, 96, 80, [3, 16])], False: [(64, 4096, 4096, [8, 16, 33, 64] * 16), (4096, 4096, 4096, [16] * 4)]}
@@ -29,17 +30,21 @@ def case(rows: int, inside: int, outside: int, ranks: list[int], device: torch.d
     b = [torch.randn(rank, outside, device=device, dtype=dtype) for rank in ranks]
     x, y = (torch.randn(rows, size, device=device, dtype=dtype) for size in (inside, outside))
     of = [row * len(ranks) // rows for row in range(rows)]
+    # One pool: all rows of A, then all rows of B, each at a multiple of its width.
+    wide_a, total = sum(ranks) * inside, sum(ranks)
+    begin = -(-wide_a // outside)
+    pool = torch.zeros((begin + total) * outside, device=device, dtype=dtype)
+    pool[:wide_a], pool[begin * outside :] = torch.cat(a).flatten(), torch.cat(b).flatten()
     first = [sum(ranks[:k]) for k in range(len(ranks))]
-    table = torch.tensor([[first[k], rank, -1, -1, -1] for k, rank in enumerate(ranks)], dtype=torch.int32)
-    pages = torch.arange(sum(ranks), dtype=torch.int32)
-    order, segments = multi_adapter.plan(of)
-    given = [t.to(device) for t in (torch.cat(a), torch.cat(b), pages, table, torch.ones(len(ranks)), order, segments)]
+    lines = [[first[k], total + first[k], rank, *[-1] * (WIDTH - 3)] for k, rank in enumerate(ranks)]
+    pages, table = torch.cat([torch.arange(total), begin + torch.arange(total)]), torch.tensor(lines)
+    given = [pool, *(t.to(device) for t in (pages, table, torch.ones(len(ranks)), multi_adapter.plan(of)))]
     wide = [[t.double() for t in one] for one in (a, b)]
     work = sum(2 * ranks[k] * (inside + outside) for k in of)
     moved = dtype.itemsize * (sum(ranks) * (inside + outside) + rows * (inside + 2 * outside))
     return Case(
         "multi_adapter", f"{rows} rows, {len(ranks)} adapters, {inside} x {outside}",
-        lambda: shrink_expand.launch(y, x, *given, None, max(ranks)),
+        lambda: shrink_expand.launch(y, x, None, *given, max(ranks)),
         lambda: looped(y.double(), x.double(), *wide, of)(), 2**-7, {"loop": looped(y, x, a, b, of)}, work, moved,
     )  # fmt: skip
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from surgeon.serve.layout import Layout
+from surgeon.serve.layout import PAGES, Layout
 from surgeon.serve.memory import Memory, Resident
 from surgeon.serve.packed import BANKED, FIRST_A, FIRST_B, RANK
-from surgeon.serve.paged import PAGES
 from surgeon.serve.sequence import Sequence
 
 Piece = tuple[Sequence, int]
@@ -36,6 +35,11 @@ class Adapters:
     owners: torch.Tensor
     last: torch.Tensor
 
+    def to(self, device: torch.device) -> Adapters:
+        """On a device."""
+        tables, scales = (tuple(one.to(device) for one in given) for given in (self.tables, self.scales))
+        return Adapters(self.rows.to(device), tables, scales, self.owners.to(device), self.last.to(device))
+
 
 class Batches:
     """Makes batches; remembers what adapters look like to the linears while the same ones go on."""
@@ -49,6 +53,7 @@ class Batches:
             pad: every step has this many tokens, those beyond the requests' standing for nothing; 0 for no padding.
         """
         self.memory, self.layout, self.start, self.pad = memory, memory.layout, start, pad
+        self.device = memory.pool.data.device
         self._adapters: OrderedDict[object, Adapters] = OrderedDict()
         self._none = torch.zeros(0, dtype=torch.int64)
 
@@ -87,7 +92,9 @@ class Batches:
             "slora.prompt_index": torch.tensor(index, dtype=torch.int64),
             "slora.prompt_rows": torch.tensor(rows, dtype=torch.int64),
         }
-        return given | self._pages(pieces) | self._linears(pieces, len(ids), len(keep))
+        given |= self._pages(pieces)
+        placed = {name: tensor.to(self.device) for name, tensor in given.items()}
+        return placed | self._linears(pieces, len(ids), len(keep))
 
     def _pages(self, pieces: list[Piece]) -> dict[str, torch.Tensor]:
         layout = self.layout
@@ -128,7 +135,7 @@ class Batches:
         places = [self._placed(sequence) for sequence, _ in pieces]
         key = (tuple(runs), tuple(places), tokens, kept)
         if key not in self._adapters:
-            self._adapters[key] = self._table(pieces, tokens, kept)
+            self._adapters[key] = self._table(pieces, tokens, kept).to(self.device)
             while len(self._adapters) > _KEPT:
                 self._adapters.popitem(last=False)
         self._adapters.move_to_end(key)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+from surgeon.serve import on_gpu
 from surgeon.serve.work import Work, work
 
 _LIBRARY = torch.library.Library("surgeon", "FRAGMENT")
@@ -54,8 +55,11 @@ def pooled_bypass(
 ) -> torch.Tensor:
     """The equation above at one linear; y `[.., out]` is the base's output with its own `bias`, x `[.., in]` its input.
 
-    y is changed in place and returned.
+    y is changed in place and returned, or left and its successor returned.
     """
+    made = on_gpu.bypass(y, x, bias, pool, rows, table, scales, owners)
+    if made is not None:
+        return made
     todo = work(rows, table, scales, owners, samples(pool), each)
     if todo is None:
         return y
@@ -144,6 +148,9 @@ def pooled_input(
     each: bool = False,
 ) -> torch.Tensor:
     """u ⊙ x for the tokens whose adapter has one; x itself where none has."""
+    scaled = on_gpu.scaled_input(x, pool, rows, table, owners)
+    if scaled is not None:
+        return scaled
     todo = work(rows, table, scales, owners, samples(pool), each)
     if todo is None or todo.input is None:
         return x

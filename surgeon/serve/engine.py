@@ -46,6 +46,7 @@ class Engine:
         *,
         pool_bytes: int,
         dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
         deterministic: bool = False,
         targets: str = "*",
         block: int = 0,
@@ -57,6 +58,7 @@ class Engine:
             base: a graph with values and no adapters.
             pool_bytes: size of the pool.
             dtype: of the model; None keeps the checkpoint's.
+            device: where the model and the pool are.
             deterministic: whether a request's result has the same bits in any batch.
             targets: the linears that adapters may change.
             block: tokens per page, 0 for what fits the model.
@@ -79,10 +81,10 @@ class Engine:
             self.roles = partition.roles(base, share.size)
             self.layout = partition.layout_of(self.layout, share)
             swept = partition.partitioned(swept, self.roles, self.layout, share)
-        self.model = module.load(swept, dtype=dtype)
+        self.model = module.load(swept, dtype=dtype, device=device)
         held = self.model.model_dtype
         pages = max(1, pool_bytes // (self.layout.page * held.itemsize))
-        self.memory = Memory(Pool(pages, self.layout.page, held), self.layout)
+        self.memory = Memory(Pool(pages, self.layout.page, held, device), self.layout)
         self.loader = Loader(base, self.layout, held)
         self.limit = positions.limit(base)
         self.batches = Batches(self.memory, start=numbering.first(base), pad=FIXED if deterministic else 0)
@@ -130,6 +132,7 @@ class Engine:
         logits = results[0][0]
         if "slora.keep" not in self.model.graph.inputs:
             logits = logits[given["slora.keep"]]
+        logits = logits.cpu()  # tokens are drawn there, by generators that give the same ones everywhere
         for sequence, number in pieces:
             sequence.done += number
         return {sequence.owner: logits[place] for place, (sequence, _) in enumerate(pieces)}

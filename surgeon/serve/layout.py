@@ -10,6 +10,10 @@ from surgeon.graph import Graph
 from surgeon.sites import ATTENTION, Site, sites
 
 BLOCK = 16
+# Columns of a batch's spans, a line per request: its first token in the batch, its new tokens, its old ones.
+FIRST, COUNT, PAST = range(3)
+# Columns of a batch's learned columns: how many, how windows treat them, the row of their biases, and their pages.
+LENGTH, WINDOWED, COLUMN_BIAS, PAGES = range(4)
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ class Memory:
         for width, rows in packed.rows.items():
             self.pool.rows(width)[places[width]] = rows.to(self.pool.data.device)
         where = torch.tensor([place for found in places.values() for place in found], dtype=torch.int64)
-        resident = Resident(packed, pages, where.to(self.pool.data.device), columns)
+        resident = Resident(packed, pages, where, columns)
         self.residents[packed.key] = resident
         return resident
 

@@ -33,6 +33,7 @@ def open_server(
     pool_bytes: int = 1 << 30,
     host_bytes: int = 4 << 30,
     dtype: torch.dtype | None = None,
+    device: str = "cpu",
     quantise: str = "",
     deterministic: bool = False,
     targets: str = "*",
@@ -49,6 +50,7 @@ def open_server(
         pool_bytes: of the pool for K/V pages and adapters.
         host_bytes: of adapters kept in the host's memory.
         dtype: of the model; None keeps the checkpoint's.
+        device: where the model and the pool are.
         quantise: a pass that quantises the base, `nf4` or `intq(bits=4)`; "" for none.
         deterministic: whether answers have the same bits whatever else is asked.
         targets: the linears that adapters may change.
@@ -64,8 +66,8 @@ def open_server(
     if tokenizer is None:
         raise UsageError("there is no tokenizer", str(base), "put tokenizer.json beside the model")
     engine = engine_of(
-        graph, quantise, pool_bytes=pool_bytes, dtype=dtype, deterministic=deterministic, targets=targets, block=block,
-        share=share,
+        graph, quantise, pool_bytes=pool_bytes, dtype=dtype, device=device, deterministic=deterministic,
+        targets=targets, block=block, share=share,
     )  # fmt: skip
     pages = engine.memory.pool.pages
     registry = Registry(engine.loader, reserved=options.names, host_bytes=host_bytes, page_limit=pages)

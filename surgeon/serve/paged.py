@@ -8,15 +8,15 @@ longest of similar lengths; a piece of a prompt by itself.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from surgeon import ops
-from surgeon.serve.layout import kv_views
+from surgeon.serve import on_gpu
+from surgeon.serve.layout import LENGTH, PAGES, kv_views
+from surgeon.serve.slots import Group, slots
 
 _LIBRARY = torch.library.Library("surgeon", "FRAGMENT")
 _LIBRARY.define(
@@ -24,117 +24,23 @@ _LIBRARY.define(
     "Tensor prefix, *, float scale, int window=0, int chunk=0, float softcap=0.0, int page, int block, "
     "bool each=False) -> Tensor"
 )
-FIRST, COUNT, PAST = range(3)  # columns of spans: first token of a request in the batch, its new tokens, its old ones
-LENGTH, WINDOWED, BIAS, PAGES = range(4)  # columns of prefix: learned columns, how windows treat them, biases, pages
 
 
-@dataclass(frozen=True)
-class Slots:
-    """Where a batch's tokens lie; the same at all attentions with the same learned columns.
-
-    Attributes:
-        requests: request of each new token `[n]`.
-        blocks: which of the request's pages it lies in `[n]`.
-        offsets: place in that page `[n]`.
-        together: requests with one new token each, in groups of similar length.
-        alone: (request, its first token in the batch, new tokens, old tokens) of the others.
-    """
-
-    requests: torch.Tensor
-    blocks: torch.Tensor
-    offsets: torch.Tensor
-    together: tuple[Group, ...]
-    alone: tuple[tuple[int, int, int, int], ...]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Requests with one new token that are attended together.
-
-    Attributes:
-        tokens: that token of each `[b]`.
-        requests: which `[b]`.
-        front: of how many pages of learned columns come first `[b, 1]`.
-        numbers: 0 to the number of pages `[b, n]`.
-        places: position of every cell of the pages: columns are before 0, and what is empty is beyond every token
-            `[b, n · block]`.
-        last: position of the new token `[b, 1]`.
-        windowed: whether a window hides the columns `[b, 1]`.
-        columns: how many learned columns there are `[b, 1]`.
-    """
-
-    tokens: torch.Tensor
-    requests: torch.Tensor
-    front: torch.Tensor
-    numbers: torch.Tensor
-    places: torch.Tensor
-    last: torch.Tensor
-    windowed: torch.Tensor
-    columns: torch.Tensor
-
-
-_known: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], Slots]] = {}
-_EMPTY = 2**40
-
-
-def slots(spans: torch.Tensor, prefix: torch.Tensor, block: int, each: bool = False) -> Slots:
-    """Where the tokens of a batch lie, remembered for as long as `spans` lives."""
-    key = (id(spans), id(prefix))
-    found = _known.get(key)
-    if found is not None and found[0]() is spans and found[1]() is prefix:
-        return found[2]
-    made = _slots(spans, prefix, block, each)
-    _known[key] = (weakref.ref(spans, lambda _: _known.pop(key, None)), weakref.ref(prefix), made)
-    return made
-
-
-def _slots(spans: torch.Tensor, prefix: torch.Tensor, block: int, each: bool) -> Slots:
-    counts, past = spans[:, COUNT], spans[:, PAST]
-    request = torch.repeat_interleave(counts)
-    position = torch.arange(len(request), device=spans.device) - spans[request, FIRST] + past[request]
-    listed, learned = spans.tolist(), prefix.tolist()
-    single = [i for i, (_, count, _) in enumerate(listed) if count == 1 and learned[i][BIAS] < 0 and not each]
-    alone = [(i, *listed[i]) for i in sorted({*range(len(listed))} - {*single})]
-    if each:
-        alone = [(i, first + n, 1, past + n) for i, first, count, past in alone for n in range(count)]
-    groups = tuple(_group(chosen, spans, prefix, block) for chosen in _similar(single, listed, learned, block))
-    return Slots(request, position // block, position % block, groups, tuple(alone))
-
-
-def _similar(single: list[int], spans: list[list[int]], prefix: list[list[int]], block: int) -> list[list[int]]:
-    """Requests in groups in which nobody has less than half of the longest's pages."""
-    sizes = {i: -(-(spans[i][PAST] + 1) // block) + -(-prefix[i][LENGTH] // block) for i in single}
-    groups: list[list[int]] = []
-    for i in sorted(single, key=sizes.__getitem__, reverse=True):
-        if groups and 2 * sizes[i] >= sizes[groups[-1][0]]:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
-
-
-def _group(chosen: list[int], spans: torch.Tensor, prefix: torch.Tensor, block: int) -> Group:
-    index = torch.tensor(chosen, device=spans.device)
-    own, learned = spans[index], prefix[index]
-    columns, last = learned[:, LENGTH, None], own[:, PAST, None]
-    front = -(-columns // block)
-    total = int((front + last // block + 1).max())
-    cell = torch.arange(total * block, device=spans.device).expand(len(chosen), -1)
-    text = cell - front * block
-    places = torch.where(text < 0, torch.where(cell < columns, cell - columns, _EMPTY), text)
-    numbers = torch.arange(total, device=spans.device).expand(len(chosen), -1)
-    return Group(own[:, FIRST], index, front, numbers, places, last, learned[:, WINDOWED, None], columns)
-
-
-def _pages(group: Group, table: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
-    """The pages of a group's requests `[b, n]`, those of learned columns first."""
-    rest = (group.numbers - group.front).clamp(0, table.shape[1] - 1)
-    pages = torch.gather(table[group.requests], 1, rest)
-    if prefix.shape[1] > PAGES:
-        learned = prefix[group.requests, PAGES:]
-        first = torch.gather(learned, 1, group.numbers.clamp(max=learned.shape[1] - 1))
-        pages = torch.where(group.numbers < group.front, first, pages)
+def _pages(table: torch.Tensor, learned: torch.Tensor, front: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Pages by their `numbers` in each request `[b, n]`: `front` of learned columns first, then those of tokens."""
+    pages = torch.gather(table, 1, (numbers - front).clamp(0, table.shape[1] - 1))
+    if learned.shape[1]:
+        pages = torch.where(numbers < front, torch.gather(learned, 1, numbers.clamp(max=learned.shape[1] - 1)), pages)
     return pages
+
+
+def _all_pages(table: torch.Tensor, prefix: torch.Tensor, block: int) -> torch.Tensor:
+    """The pages of every request `[requests, n]`."""
+    learned = prefix[:, PAGES:]
+    if not learned.shape[1]:
+        return table
+    numbers = torch.arange(learned.shape[1] + table.shape[1], device=table.device).expand(len(table), -1)
+    return _pages(table, learned, -(-prefix[:, LENGTH, None] // block), numbers)
 
 
 def paged_attention(
@@ -173,19 +79,26 @@ def paged_attention(
         softcap: see `surgeon.ops.attention`.
         page: numbers per page.
         block: tokens per page.
-        each: one token at a time, so that its result depends on nothing but its own request.
+        each: one token at a time, so that its result depends on nothing but its own request; by plain torch, since how
+            a kernel deals keys out depends on the batch.
     """
     keys, values = kv_views(pool, page, block, (k.shape[1], k.shape[3], v.shape[3]))
-    where = slots(spans, prefix, block, each)
+    where = slots(spans, prefix, block=block, each=each)
     count, pages = len(where.requests), table[where.requests, where.blocks]
     keys[pages, where.offsets] = k[0, :, :count].transpose(0, 1)
     values[pages, where.offsets] = v[0, :, :count].transpose(0, 1)
+    if not (chunk or each):
+        options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+        blocks = _all_pages(table, prefix, block)
+        found = on_gpu.attention(q, (keys, values), sinks, spans, blocks, prefix, **options)
+        if found is not None:
+            return found
     result = v.new_zeros(q.shape[2], q.shape[1], v.shape[3])
     attend: Callable[..., torch.Tensor] = lambda *args, **more: ops.attention(  # noqa: E731
         *args, scale=scale, softcap=softcap, **more
     )
     for group in where.together:
-        found = _pages(group, table, prefix)
+        found = _pages(table[group.requests], prefix[group.requests, PAGES:], group.front, group.numbers)
         result[group.tokens] = _together(q, group, found, (keys, values), sinks, attend, window, chunk)
     for one in where.alone:
         result[one[1] : one[1] + one[2]] = _alone(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 
 import torch
 
+from surgeon.once import Once
 from surgeon.serve.packed import BIAS, FIRST_A, FIRST_B, INPUT, LOW, OUT, OUTPUT, PARTS, RANK
 
 MANY = 8
@@ -114,9 +114,6 @@ class Work:
     bias: Vectors | None
 
 
-_known: dict[int, tuple[weakref.ref[torch.Tensor], Work | None]] = {}
-
-
 def work(
     rows: torch.Tensor, table: torch.Tensor, scales: torch.Tensor, owners: torch.Tensor, sampled: bool, each: bool
 ) -> Work | None:
@@ -130,17 +127,11 @@ def work(
         sampled: whether the sampled product exists for the dtype and device.
         each: every token by itself, whatever its neighbours are.
     """
-    key = id(table)
-    found = _known.get(key)
-    if found is not None and found[0]() is table:
-        return found[1]
-    made = _work(rows, table, scales, owners, sampled, each)
-    _known[key] = (weakref.ref(table, lambda _: _known.pop(key, None)), made)
-    return made
+    return _made(rows, table, scales, owners, sampled=sampled, each=each)
 
 
 def _work(
-    rows: torch.Tensor, table: torch.Tensor, scales: torch.Tensor, owners: torch.Tensor, sampled: bool, each: bool
+    rows: torch.Tensor, table: torch.Tensor, scales: torch.Tensor, owners: torch.Tensor, *, sampled: bool, each: bool
 ) -> Work | None:
     if not len(table):
         return None
@@ -263,3 +254,6 @@ def _vectors(runs: list[Run], lines: list[list[int]], name: int, rows: torch.Ten
         return None
     tokens, places = torch.tensor(found, device=rows.device).unbind(1)
     return Vectors(tokens.contiguous(), rows[places])
+
+
+_made = Once(_work)

@@ -73,6 +73,8 @@ def client(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     # Ray gives its agents seconds to start and its workers the lowest priority: on a busy machine they never do.
     monkeypatch.setenv("RAY_agent_register_timeout_ms", "300000")
     monkeypatch.setenv("RAY_worker_niceness", "0")
+    # A request goes to any replica when the one that has its adapter has not answered for this long.
+    monkeypatch.setenv("RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S", "60")
     ray.init(num_cpus=2, object_store_memory=80 << 20, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     given = {"base": base.source, "name": "base", "adapters": str(tmp_path / "adapters"), "pool": str(32 << 20)}
