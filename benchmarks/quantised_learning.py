@@ -1,7 +1,7 @@
 """What adapters over a quantised base learn, and what is left of it once they are deployed in few bits.
 
     OMP_NUM_THREADS=1 python -m benchmarks.quantised_learning            # resumes; `minutes` in the result
-    python -m benchmarks.quantised_learning --bits 2 --steps 1200 --rates 0.007 --out benchmarks/results/two_bits.json
+    python -m benchmarks.quantised_learning --bits 2 --steps 600 --rates 0.007 --out benchmarks/results/two_bits.json
     python -m benchmarks.quantised_learning --seeds 1 --steps 5 --rates 0.002 --out /tmp/tried.json
 
 Base: ../shared/models/pystdlib-llama, trained on Python; new domain: ../shared/data/c_headers, C header files, on which
@@ -15,6 +15,9 @@ A run is a method over a grid; its rows are the ways to deploy it:
     own grid     what the codes decode to + the adapter, quantised again as the base was
     original     the original weights + the adapter, then quantised: what most people do ("LoRA then quantise")
     zero-points  QA-LoRA's merge: codes and scales stay, nothing is lost
+
+"healed" divides the steps: half of them train LoRA over the plain base, which is merged and quantised, and the other
+half QA-LoRA over those codes, with rows in another order; what is deployed is its merge into their zero points.
 
 With the first seed every run is made at the rates given, and at half and twice those until the best for each of its
 ways is neither the lowest nor the highest; the other seeds run at the best. One rate alone is taken as it is. QA-LoRA's
@@ -45,8 +48,8 @@ RANK, ALPHA, GROUP, BATCH, HELD_OUT = 16, 32.0, 32, 4, 96
 MOST_RATES = 5
 QALORA_RATE = 1 / 2
 """QA-LoRA's adapters read sums of 32 inputs, about √32 times as large: its rates are smaller by this."""
-
-
+FACTORS = {"qalora": (QALORA_RATE,), "healed": (1, QALORA_RATE)}
+"""Of the rate, where a method's own rates are others."""
 BITS = (4, 3, 2)
 
 
@@ -70,7 +73,8 @@ def runs(bits: Sequence[int]) -> list[tuple[str, str]]:
     """(method, grid of its base) of every run; "fp32" is no grid."""
     low = [grid for grid in grids(bits) if grid != "nf4"]
     plain = [grid for grid in grids(bits) if not grid.endswith("gptq")]
-    return [("lora", "fp32"), *(("qlora", grid) for grid in plain), *(("qalora", grid) for grid in low)]
+    over = [(method, grid) for method in ("qalora", "healed") for grid in low]
+    return [("lora", "fp32"), *(("qlora", grid) for grid in plain), *over]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,20 +125,34 @@ def base_rows(of: Setting) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]
 def trained(method: str, grid: str, rate: float, seed: int, of: Setting) -> dict[str, Any]:
     """One run: losses of all ways to deploy it, and the seconds of training."""
     import surgeon
+    from surgeon import run
+    from surgeon.fold import fold
+    from surgeon.model import load_model
+
+    began, first = time.process_time(), of.steps // 2
+    if method == "healed":
+        moved = fold(learned(BASE, "lora", first, rate, seed, of))
+        graph = learned(load_model(run.apply(moved, quantiser(grid))), "qalora", of.steps - first, rate, seed + 100, of)
+    else:
+        base: Any = BASE if grid == "fp32" else surgeon.apply(BASE, quantiser(grid))
+        graph = learned(base, "qalora" if method == "qalora" else "lora", of.steps, rate, seed, of)
+    seconds = time.process_time() - began
+    ways = {way: loss_of(make(), of.new, of) for way, make in deployed(graph, method, grid, of.bits)}
+    return {"ways": ways, "seconds": round(seconds, 1)}
+
+
+def learned(base: Any, adapter: str, steps: int, rate: float, seed: int, of: Setting) -> Any:
+    """The graph of a base with an adapter on all linears that was trained."""
+    import surgeon
     from surgeon.train import train
 
-    adapter = "qalora" if method == "qalora" else "lora"
-    model: Any = BASE if grid == "fp32" else surgeon.apply(BASE, quantiser(grid))
-    model = surgeon.apply(model, adapter, targets="all-linear", rank=RANK, alpha=ALPHA, seed=seed)
-    began = time.process_time()
+    model = surgeon.apply(base, adapter, targets="all-linear", rank=RANK, alpha=ALPHA, seed=seed)
     with tempfile.TemporaryDirectory() as out:
         train(
-            model, of.tokenizer, of.train, out=out, steps=of.steps, batch_size=BATCH, seed=seed, warmup=0.1,
-            lr=rate * (QALORA_RATE if method == "qalora" else 1), progress=False,
+            model, of.tokenizer, of.train, out=out, steps=steps, batch_size=BATCH, seed=seed, warmup=0.1,
+            lr=rate * (QALORA_RATE if adapter == "qalora" else 1), progress=False,
         )  # fmt: skip
-    seconds = time.process_time() - began
-    ways = {way: loss_of(make(), of.new, of) for way, make in deployed(model.trained(), method, grid, of.bits)}
-    return {"ways": ways, "seconds": round(seconds, 1)}
+    return model.trained()
 
 
 def deployed(graph: Any, method: str, grid: str, bits: Sequence[int]) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -149,7 +167,7 @@ def deployed(graph: Any, method: str, grid: str, bits: Sequence[int]) -> Iterato
         return run.apply(fold(without(graph, holders(graph))), quantiser(target))
 
     yield "as trained", lambda: graph
-    if method == "qalora":
+    if method in ("qalora", "healed"):
         yield f"zero-points {grid}", lambda: fold_zero_points(graph)
         return
     if grid != "fp32":
@@ -234,8 +252,8 @@ def table(results: Results, seeds: int, bits: Sequence[int]) -> str:
             rows = [results.rows[f"{start} | {rate:g} | {seed}"] for seed in range(seeds)]
             found = [math.exp(row["ways"][way]) for row in rows]
             spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
-            own = rate * (QALORA_RATE if method == "qalora" else 1)
-            lines.append(f"| {start} | {way} | {own:g} | {statistics.mean(found):.2f}{spread} | {len(found)} |")
+            own = ", ".join(f"{rate * factor:g}" for factor in FACTORS.get(method, (1,)))
+            lines.append(f"| {start} | {way} | {own} | {statistics.mean(found):.2f}{spread} | {len(found)} |")
     return "\n".join(lines)
 
 
