@@ -4,8 +4,9 @@
     python -m benchmarks.compared --only minilm --steps 10 --seeds 1 --out /tmp/tried
     python -m benchmarks.docs_methods --results benchmarks/results/compare_{llama,minilm}.json
 
-The Llama goes from Python to C headers (`benchmarks.domain`), MiniLM learns to tell eight files of Python's standard
-library by single lines (`benchmarks.ptuning_v2`). The runs are kept in --out: a second call goes on there.
+The Llama goes from Python to C headers (`benchmarks.domain`), by every method. MiniLM learns to tell eight files of
+Python's standard library by single lines (`benchmarks.ptuning_v2`), by the methods for encoders (`ENCODER`). The runs
+are kept in --out: a second call goes on there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from benchmarks import domain, ptuning_v2
 
 RESULTS = Path(__file__).parent / "results"
+ENCODER = "prefix,prompt,ptuning_v2,lora,vera,full,head"
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ def sides(folder: Path) -> Iterator[Side]:
     files = [folder / f"lines.{part}.jsonl" for part in ("train", "heldout")]
     for file, rows in zip(files, (train, held), strict=True):
         file.write_text("".join(json.dumps(dict(row.values)) + "\n" for row in rows), encoding="utf-8")
-    options = ("--task", ptuning_v2.TASK, "--batch-size", str(ptuning_v2.BATCH), "--max-length", str(ptuning_v2.LENGTH))
+    sizes = ("--batch-size", str(ptuning_v2.BATCH), "--max-length", str(ptuning_v2.LENGTH))
+    options = ("--methods", ENCODER, "--task", ptuning_v2.TASK, *sizes)
     yield Side("minilm", "all-MiniLM-L6-v2", ptuning_v2.base(), *files, 100, options)
 
 
