@@ -1,8 +1,9 @@
 """`--target onnx`: a model as one ONNX file or two, replayed in ONNX Runtime before it is kept.
 
-A causal language model has a K/V cache: inputs `input_ids`, `attention_mask`, `position_ids`,
-`past_key_values.{i}.key/value`; outputs `logits`, `present.{i}.key/value`: what transformers.js and ONNX Runtime GenAI
-expect. One graph serves prefill and decode. Classifiers and encoders are run once: see `surgeon.lower.onnx.once`.
+A causal language model has a K/V cache: inputs `input_ids`, `attention_mask`, `position_ids` unless the attention
+counts them itself, `past_key_values.{i}.key/value`; outputs `logits`, `present.{i}.key/value`: what transformers.js and
+ONNX Runtime GenAI expect. One graph serves prefill and decode. Classifiers and encoders are run once: see
+`surgeon.lower.onnx.once`.
 Encoder-decoders are two models: see `surgeon.lower.onnx.seq2seq`.
 """
 

@@ -92,8 +92,8 @@ class _Fusion:
         self._added: dict[tuple[fx.Node, int], fx.Node] = {}
         mask, last = self.inputs["attention_mask"], inputs_of(self.trunk)[-1]
         with self.trunk.inserting_before(last.next):
-            self.lengths = self.trunk.call_function(group_query.lengths, (mask,))
             self.total = self.trunk.call_function(group_query.total, (mask,))
+            self.lengths = self.trunk.call_function(group_query.lengths, (mask, self.total))
 
     def replace(self, part: fx.Graph, paths: list[str], node: fx.Node) -> None:
         """The operator in the place of one attention."""

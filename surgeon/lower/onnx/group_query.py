@@ -10,13 +10,14 @@ from surgeon import ops
 
 
 def total(mask: torch.Tensor) -> torch.Tensor:
-    """How many tokens there are with those of the past, a number: that of the mask `[b, s]`."""
-    return torch.full((), mask.shape[1], dtype=torch.int32, device=mask.device)
+    """How many tokens there are with those of the past, `[1]`: as many as the mask `[b, s]` has."""
+    made = torch.onnx.ops.symbolic("Shape", [mask], {"start": 1, "end": 2}, dtype=torch.int64, shape=[1])
+    return made.to(mask.device).to(torch.int32)  # symbolic operators trace as tensors of the CPU
 
 
-def lengths(mask: torch.Tensor) -> torch.Tensor:
+def lengths(mask: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     """The place of every row's last token `[b]`; padding counts, it is hidden by a sum on the scores."""
-    return torch.full((mask.shape[0],), mask.shape[1] - 1, dtype=torch.int32, device=mask.device)
+    return (total - 1).expand(mask.shape[0])
 
 
 def added(mask: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype, chunk: int = 0) -> torch.Tensor:
@@ -91,7 +92,7 @@ def attention(
         "com.microsoft::GroupQueryAttention", given, options, dtypes=[kind] * 3,
         shapes=[[batch, q.shape[1], heads * size], cache, cache], version=1,
     )  # fmt: skip
-    return [x.to(q.device) for x in made]  # symbolic operators trace as tensors of the CPU
+    return [x.to(q.device) for x in made]
 
 
 def rotated(

@@ -48,7 +48,8 @@ def operator_alone(options: dict[str, Any], *, sinks: bool, bias: bool) -> onnxr
     q, k, v = (call(rows_of, (given[name],)) for name in "qkv")
     added = call(group_query.added, (given["mask"], q, torch.float32, rest.pop("chunk", 0)))
     added = call(group_query.biased, (added, given["bias"])) if bias else added
-    counts = [call(function, (given["mask"],)) for function in (group_query.lengths, group_query.total)]
+    total = call(group_query.total, (given["mask"],))
+    counts = [call(group_query.lengths, (given["mask"], total)), total]
     args: list[Any] = [q, k, v, given["past_k"], given["past_v"], *counts, added, None, None, given.get("sinks")]
     made = call(group_query.attention, tuple(args), {**rest, "heads": HEADS})
     result, keys, values = (call(operator.getitem, (made, position)) for position in range(3))
