@@ -1,11 +1,12 @@
 """Tokens per second of an export for ONNX Runtime GenAI beside those of GenAI's own model builder, in one run.
 
-    python -m benchmarks.onnx.decode                      # the random model, 5 rounds
+    python -m benchmarks.onnx.decode                      # the random model, 9 rounds
     python -m benchmarks.onnx.decode --rounds 2 --layers 2 --hidden 256 --heads 4 --vocabulary 4096
     python -m benchmarks.onnx.decode --model FOLDER
 
-Both write the same weights, in fp32 and in int4. Each round decodes with one and then with the other, in an order that
-alternates, and a ratio is the median of the rounds' ratios: what else the machine does falls on both.
+Both write the same weights, in fp32 and in int4. In each round both decode the same prompt and take turns of a few
+tokens, in an order that alternates; a speed is that of the median step, and a ratio the median of the rounds' ratios:
+what else the machine does falls on both.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ import surgeon
 RESULT = Path(__file__).parents[1] / "results" / "onnx_decode.json"
 TOKENIZER = Path(__file__).parents[3] / "shared" / "models" / "pystdlib-llama"
 PRECISIONS = ("fp32", "int4")
+TURN = 8
+"""Tokens that a model makes before the other has its turn."""
 WEIGHTS = (".onnx", ".data", ".onnx_data", ".safetensors")
 
 
@@ -67,18 +71,28 @@ def opened(folder: Path) -> Any:
     return genai.Model(config)
 
 
-def decoded(model: Any, prompt: list[int], steps: int) -> tuple[float, list[int]]:
-    """Tokens per second after the prompt, and the tokens."""
-    params, total = genai.GeneratorParams(model), len(prompt) + steps + 1
+def decoded(models: Sequence[Any], prompt: list[int], steps: int) -> list[tuple[float, list[int]]]:
+    """Tokens per second of the median step after the prompt, and the tokens, of models that take turns."""
+    generators = [started(model, prompt, steps) for model in models]
+    seconds: list[list[float]] = [[] for _ in models]
+    for _ in range(0, steps, TURN):
+        for generator, taken in zip(generators, seconds, strict=True):
+            for _ in range(TURN):
+                began = time.perf_counter()
+                generator.generate_next_token()
+                taken.append(time.perf_counter() - began)
+    tokens = [[int(token) for token in generator.get_sequence(0)[len(prompt) :]] for generator in generators]
+    return [(1 / statistics.median(taken), found) for taken, found in zip(seconds, tokens, strict=True)]
+
+
+def started(model: Any, prompt: list[int], steps: int) -> Any:
+    """A generator that has read the prompt and made one token."""
+    params, total = genai.GeneratorParams(model), len(prompt) + steps + TURN + 1
     params.set_search_options(max_length=total, min_length=total, do_sample=False)
     generator = genai.Generator(model, params)
     generator.append_tokens(prompt)
     generator.generate_next_token()
-    began = time.perf_counter()
-    for _ in range(steps):
-        generator.generate_next_token()
-    seconds = time.perf_counter() - began
-    return steps / seconds, [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
+    return generator
 
 
 def size(folder: Path) -> int:
@@ -91,10 +105,12 @@ def compared(folders: dict[str, Path], rounds: int, past: int, steps: int) -> di
     models = {name: opened(folder) for name, folder in folders.items()}
     prompt = [3 + 7 * i % 1000 for i in range(past)]
     speeds: dict[str, list[float]] = {name: [] for name in models}
-    tokens = {name: decoded(model, prompt, steps)[1] for name, model in models.items()}  # and warms up
-    for number in range(rounds):
-        for name in sorted(models, reverse=number % 2 == 1):
-            speeds[name].append(decoded(models[name], prompt, steps)[0])
+    tokens: dict[str, list[int]] = {}
+    for number in range(-1, rounds):  # the first warms up
+        names = sorted(models, reverse=number % 2 == 1)
+        for name, (speed, found) in zip(names, decoded([models[n] for n in names], prompt, steps), strict=True):
+            tokens[name] = found
+            speeds[name] += [speed] if number >= 0 else []
     ratios = [ours / theirs for ours, theirs in zip(speeds["surgeon"], speeds["builder"], strict=True)]
     same = [a == b for a, b in zip(tokens["surgeon"], tokens["builder"], strict=True)]
     return {
@@ -115,7 +131,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=640)
     parser.add_argument("--heads", type=int, default=10)
     parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--past", type=int, default=64)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--out", type=Path, default=RESULT)
