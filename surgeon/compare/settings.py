@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from surgeon.errors import UsageError
 
 SETTINGS = "settings.json"
 VALIDATION = 64
-"""Rows of the training data, the last ones, that the search for a learning rate is judged by: at most a tenth."""
+"""Rows of the training data, drawn at random, that the search for a learning rate is judged by: at most a tenth."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,10 @@ def _canonical(row: Row) -> str:
 
 
 def validation_of(rows: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Rows that the search trains on, and those that it is judged by."""
-    count = max(1, min(VALIDATION, len(rows) // 10))
-    return list(rows[:-count]), list(rows[-count:])
+    """Rows that the search trains on, and those that it is judged by: from all of a file, which may be sorted."""
+    chosen = set(random.Random(0).sample(range(len(rows)), max(1, min(VALIDATION, len(rows) // 10))))
+    trained = [row for place, row in enumerate(rows) if place not in chosen]
+    return trained, [rows[place] for place in sorted(chosen)]
 
 
 def seconds(text: str) -> float:

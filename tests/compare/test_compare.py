@@ -197,6 +197,15 @@ def test_overlap_is_counted(tiny: Path, files: tuple[Path, Path], capsys: pytest
     assert "2 of the 6 held-out rows are in the training data too" in capsys.readouterr().err
 
 
+def test_the_search_is_judged_by_rows_from_all_of_a_sorted_file() -> None:
+    trained, judged = settings.validation_of([(label, number) for label in range(8) for number in range(300)])
+    assert (len(trained), len(judged)) == (2400 - settings.VALIDATION, settings.VALIDATION)
+    assert {label for label, _ in judged} == set(range(8))
+    assert not {*trained} & {*judged}
+    assert trained == sorted(trained)
+    assert [len(part) for part in settings.validation_of(range(5))] == [4, 1]
+
+
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     settings.write(SETTINGS, tmp_path)
     assert settings.read(tmp_path) == SETTINGS
