@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from surgeon.errors import UnsupportedError
 from surgeon.graph import Graph
 from surgeon.hook import Hook
 from surgeon.passes import find_peft
-from surgeon.passes.base import Adapter
+from surgeon.passes.base import Adapter, Pass
+from surgeon.passes.nf4 import Nf4
 from surgeon.peft_files import CONFIG, WEIGHTS, read_config, read_tensors
 from surgeon.tasks import TASKS
 
@@ -30,18 +32,29 @@ def why_not(graph: Graph) -> str:
         import peft  # noqa: F401
     except ImportError:
         return "peft is not installed"
-    if any(step.derived for step in graph.applied):
-        return "PEFT quantises with bitsandbytes, on GPUs"
-    if len(graph.applied) != 1:
+    below, adapters = _parted(graph)
+    if any(not isinstance(step, Nf4) for step in below):
+        return "PEFT has it over GPTQModel's checkpoints alone"
+    if below and find_spec("bitsandbytes") is None:
+        return "bitsandbytes is not installed"
+    if len(adapters) != 1:
         return "PEFT has no such method"
     return ""
+
+
+def _parted(graph: Graph) -> tuple[list[Pass], list[Pass]]:
+    """The passes that hold weights in codes, and the others."""
+    parts: tuple[list[Pass], list[Pass]] = ([], [])
+    for step in graph.applied:
+        parts[not step.derived].append(step)
+    return parts
 
 
 def build(graph: Graph, folder: Path, steps: int) -> tuple[nn.Module, list[Hook]]:
     """PEFT's model of an applied adapter, ready to train, and what its users call around a step.
 
     Args:
-        graph: with one adapter, as it is first.
+        graph: with one adapter, as it is first; over NF4 weights PEFT's is over those of bitsandbytes.
         folder: an empty place for its files.
         steps: of the run.
 
@@ -61,15 +74,27 @@ def build(graph: Graph, folder: Path, steps: int) -> tuple[nn.Module, list[Hook]
         _schedule(config, steps)
     loader = getattr(transformers, TASKS[graph.task].auto_class)
     labels = {"num_labels": graph.config.num_labels} if graph.labels else {}
-    base = loader.from_pretrained(graph.source, dtype=torch.float32, **labels)
+    base = loader.from_pretrained(graph.source, dtype=torch.float32, **_quantised(graph), **labels)
     model = peft.get_peft_model(base, config)
     peft.set_peft_model_state_dict(model, read_tensors(folder / "first" / WEIGHTS))
     return model, [_Allocate()] if isinstance(config, peft.AdaLoraConfig) else []
 
 
+def _quantised(graph: Graph) -> dict[str, Any]:
+    """What transformers is told of the codes that a base has."""
+    import transformers
+
+    for step in _parted(graph)[0]:
+        if isinstance(step, Nf4):
+            options = {"bnb_4bit_quant_type": step.kind, "bnb_4bit_use_double_quant": step.double}
+            options["bnb_4bit_compute_dtype"] = torch.float32
+            return {"quantization_config": transformers.BitsAndBytesConfig(load_in_4bit=True, **options)}
+    return {}
+
+
 def _check_same(graph: Graph, config: dict[str, Any]) -> None:
     """Raise UnsupportedError where PEFT's files hold what a method computes, and PEFT does not train it so (DyLoRA)."""
-    step = graph.applied[0]
+    step = _parted(graph)[1][0]
     kind = find_peft(config)
     own = isinstance(step, Adapter) and bool(step.hooks(graph, step.name, 0))
     if not isinstance(step, kind) or (own and type(step) is not kind):
