@@ -54,7 +54,7 @@ def sides(folder: Path) -> Iterator[Side]:
         file.write_text("".join(json.dumps(dict(row.values)) + "\n" for row in rows), encoding="utf-8")
     sizes = ("--batch-size", str(ptuning_v2.BATCH), "--max-length", str(ptuning_v2.LENGTH))
     options = ("--methods", ENCODER, "--task", ptuning_v2.TASK, *sizes)
-    yield Side("minilm", "all-MiniLM-L6-v2", ptuning_v2.base(), *files, 100, options)
+    yield Side("minilm", "all-MiniLM-L6-v2", ptuning_v2.base(), *files, 200, options)
 
 
 def kept(out: Path, side: Side) -> Path:
