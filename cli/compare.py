@@ -183,27 +183,36 @@ def table(rows: Sequence[Row], missing: Mapping[str, str], base: Mapping[str, An
     from surgeon.cli.compare_page import cell, spread
 
     names = ["method", "loss", "fall", "trained", "on disk", "step", "memory", "merged", "4-bit", "ONNX"]
-    peers = any(row.peer for row in rows)
-    names += ["fall / PEFT", "time /", "memory /"] if peers else []
-    cells = []
-    for row in rows:
-        own = [
+    cells = [
+        [
             row.method,
             spread(row.loss),
-            spread(row.reduction),
+            cell(row.reduction.mean),
             f"{row.trained:,}",
             output.size(row.checkpoint_bytes),
             f"{1000 * row.seconds_per_step:.0f} ms",
             output.size(row.memory_bytes),
             *(cell(row.after.get(way)) for way in ("merged", "4bit", "onnx")),
         ]
-        if peers and row.peer is not None:
-            ratios = (row.peer.reduction_ratio, row.peer.time_ratio, row.peer.memory_ratio)
-            own += ["–" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
-        cells.append(own + [""] * (len(names) - len(own)))
+        for row in rows
+    ]
     title = f"held-out loss before training {base['loss']:.4f}"
     shown: list[RenderableType] = [output.table(title, names, cells, right=names[1:])]
+    if beside := [(row, row.peer) for row in rows if row.peer is not None]:
+        shown.append(_beside_peft(beside))
     return Group(*shown, *(f"not compared: {name}: {why}" for name, why in missing.items()))
+
+
+def _beside_peft(rows: Sequence[tuple[Row, Any]]) -> RenderableType:
+    from surgeon.cli.compare_page import cell
+
+    names = ["method", "fall", "PEFT's", "fall / PEFT's", "time / PEFT's", "memory / PEFT's"]
+    cells = []
+    for row, peer in rows:
+        ratios = (peer.reduction_ratio, peer.time_ratio, peer.memory_ratio)
+        told = ["–" if ratio is None else f"{ratio:.3f}" for ratio in ratios]
+        cells.append([row.method, cell(row.reduction.mean), cell(peer.reduction.mean), *told])
+    return output.table("beside PEFT: same first values, data, order, steps and rates", names, cells, right=names[1:])
 
 
 class _Shown:
