@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks import domain, ptuning_v2
 
 RESULTS = Path(__file__).parent / "results"
-ENCODER = "prefix,prompt,ptuning_v2,lora,vera,full,head"
+ENCODER = "prefix,ptuning_v2,lora,full,head"
 
 
 @dataclass(frozen=True)
