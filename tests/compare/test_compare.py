@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from benchmarks.zoo.graphs import graph_of
 from surgeon.cli import compare as command
@@ -110,6 +112,20 @@ def test_a_method_that_fails_is_listed_and_not_trained(tmp_path: Path, monkeypat
     assert begun == ["lora-search", "prompt-search", "prompt-surgeon-0"]
     rows, failed = table.rows(contenders, BASE, Results(tmp_path), 1)
     assert ([row.method for row in rows], failed) == (["prompt"], {"lora": "no room"})
+
+
+def test_the_terminal_shows_peft_in_a_table_of_its_own(tmp_path: Path, processes: list[str]) -> None:
+    contenders = chosen(NAMES)
+    runs = list(schedule.runs(contenders, 2, peers=True))
+    schedule.carry_out(SETTINGS, runs, Results(tmp_path), lambda *_: None, lambda _: None)
+    rows, _ = table.rows(contenders, BASE, Results(tmp_path), 2)
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(command.table(rows, {"head": "it has none"}, BASE))
+    own, beside = console.export_text().split("beside PEFT: same first values, data, order, steps and rates")
+    assert "2.0500 ± 0.0707" in own
+    told = next(line.split() for line in beside.splitlines() if line.split()[:1] == ["lora"])
+    assert told == ["lora", "0.9500", "0.4500", "2.111", "0.500", "1.000"]
+    assert "not compared: head: it has none" in beside
 
 
 class Page(HTMLParser):
