@@ -52,7 +52,7 @@ CONTENDERS: dict[str, Contender] = {
     for one in (
         Contender("prefix", 1e-2, {"tokens": 20}),
         Contender("prompt", 5e-2, {"tokens": 20}),
-        Contender("ptuning_v2", 1e-2, {"tokens": 20}),
+        Contender("ptuning_v2", 1e-2, {"tokens": 20, "dropout": 0.0}),  # the other methods have none either
         Contender("lora", 2e-3, _RANK16),
         Contender("dora", 2e-3, _RANK16),
         Contender("dylora", 2e-3, {"targets": ALL_LINEAR, "rank": 16, "alpha": 32.0}),

@@ -24,6 +24,7 @@ from surgeon.compare import lowered, peers
 from surgeon.compare.contenders import FULL, HEAD, Contender
 from surgeon.compare.memory import Peak
 from surgeon.compare.schedule import BASE, PEFT, SEARCH, Run
+from surgeon.compare.search import search
 from surgeon.compare.settings import Settings, checked_data, validation_of
 from surgeon.errors import SurgeonError
 from surgeon.evaluate import evaluate
@@ -37,8 +38,6 @@ from surgeon.text import diff
 from surgeon.train import train
 
 Result = dict[str, Any]
-MOST_RATES = 5
-"""That a search tries: it goes on beyond the first three while the best is the last."""
 _IMPORTS = 6.0
 """Seconds that Python and the libraries take before a run begins, as an estimate."""
 
@@ -100,28 +99,21 @@ class One:
         }
 
     def _search(self, place: Path) -> Result:
-        """The learning rate with the least loss on rows of the training data that were kept apart."""
-        tried: dict[float, float] = {}
-        rates = list(self.run.contender.rates)
-        while rates:
-            lr = rates.pop(0)
-            try:
-                tried[lr] = self._tried(lr, place / str(len(tried)))
-            except SurgeonError:
-                if not tried:
-                    raise  # a lower rate does not help where the lowest fails
-                tried[lr] = math.inf
-            if not rates and (beyond := outside(tried)):
-                rates.append(beyond)
-        told = {f"{lr:.3g}": loss if math.isfinite(loss) else None for lr, loss in tried.items()}
-        return {"tried": told, "lr": min(tried, key=tried.__getitem__)}
+        """The learning rate for rows of the training data that were kept apart."""
 
-    def _tried(self, lr: float, place: Path) -> float:
+        def tried(lr: float, steps: int) -> float:
+            return self._tried(lr, steps, Path(tempfile.mkdtemp(dir=place)))
+
+        short, whole = self.settings.search_steps, self.settings.steps
+        found = search(self.run.contender.rates, lambda lr: tried(lr, short), lambda lr: tried(lr, whole))
+        return dataclasses.asdict(found)
+
+    def _tried(self, lr: float, steps: int, place: Path) -> float:
         """The loss that a learning rate leaves on the rows kept apart; infinite if it is not a number."""
         rows, kept = validation_of(self.rows)
         model, hooks = self._model(place / "model")
         data, judge = self._samples(model, rows), self._samples(model, kept)
-        self._train(model, data, place / "run", steps=self.settings.search_steps, lr=lr, hooks=hooks)
+        self._train(model, data, place / "run", steps=steps, lr=lr, hooks=hooks)
         loss = float(evaluate(model, self.tokenizer, judge).loss)
         return loss if math.isfinite(loss) else math.inf
 
@@ -180,14 +172,6 @@ class One:
             model, self.tokenizer, data, out=out, steps=steps, batch_size=self.settings.batch_size, lr=lr,
             warmup=0.1, seed=self.run.seed, progress=False, hooks=hooks,
         )  # fmt: skip
-
-
-def outside(tried: dict[float, float]) -> float | None:
-    """The next learning rate to try: three times beyond the best, while that is the last on its side."""
-    best = min(tried, key=tried.__getitem__)
-    if len(tried) >= MOST_RATES or min(tried) < best < max(tried):
-        return None
-    return best * 3 if best == max(tried) else best / 3
 
 
 class Times(Hook):

@@ -109,6 +109,8 @@ def carry_out(
 ) -> None:
     """Carry out the runs that have no result yet; after a failed search its method is left alone.
 
+    A run's result is of a learning rate: where the search has found another since, the run is carried out again.
+
     Args:
         settings: of the comparison.
         wanted: the runs, in order.
@@ -121,13 +123,14 @@ def carry_out(
     """
     failed: set[str] = set()
     for run in wanted:
+        lr = 0.0 if run.kind in (BASE, SEARCH) else results.lr(run)
         known = results.read(run)
-        result: Result | None = known
+        result = known = None if known and lr and known.get("lr", lr) != lr else known
         if result is None and run.method in failed and run.kind != SEARCH:
             continue
         if result is None:
             begin(run)
-            result = in_process(settings, run, 0.0 if run.kind in (BASE, SEARCH) else results.lr(run))
+            result = in_process(settings, run, lr)
             results.write(run, result)
         if run.kind == SEARCH and "failed" in result:
             failed.add(run.method)

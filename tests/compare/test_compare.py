@@ -97,6 +97,15 @@ def test_what_was_killed_goes_on_and_gives_the_same_table(tmp_path: Path, proces
     assert first[0][-1].peer is None
 
 
+def test_a_run_of_another_learning_rate_is_carried_out_again(tmp_path: Path, processes: list[str]) -> None:
+    runs, results = list(schedule.runs(chosen(["lora"]), 2, peers=True)), Results(tmp_path)
+    schedule.carry_out(SETTINGS, runs, results, lambda *_: None, lambda _: None)
+    results.write(runs[2], {**found(runs[2]), "lr": 3e-3})
+    processes.clear()
+    schedule.carry_out(SETTINGS, runs, results, lambda *_: None, lambda _: None)
+    assert processes == [runs[2].key]
+
+
 def test_a_method_that_fails_is_listed_and_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks.zoo.encoder import save_encoder
-from surgeon.compare.one import MOST_RATES, One, outside
+from surgeon.compare.one import One
 from surgeon.compare.schedule import BASE, PEFT, SEARCH, SURGEON, Run
+from surgeon.compare.search import MOST_RATES
 from surgeon.compare.settings import Settings
 from surgeon.errors import UnsupportedError
 
@@ -45,21 +45,7 @@ def test_the_base_and_the_search(setting: Settings) -> None:
     assert base["seconds_per_step"] > 0
     found = result(setting, Run(SEARCH, "lora", LORA))
     assert 3 <= len(found["tried"]) <= MOST_RATES
-    assert found["tried"][f"{found['lr']:.3g}"] == min(found["tried"].values())
-
-
-@pytest.mark.parametrize(
-    ("losses", "beyond"),
-    [
-        ({1: 3.0, 3: 2.0, 9: 1.0}, 27),
-        ({1: 1.0, 3: 2.0, 9: 3.0}, 1 / 3),
-        ({1: 3.0, 3: 1.0, 9: 2.0}, None),
-        ({1: 3.0, 3: 1.0, 9: math.inf}, None),
-        ({1: 5.0, 3: 4.0, 9: 3.0, 27: 2.0, 81: 1.0}, None),
-    ],
-)
-def test_the_search_goes_on_while_the_best_is_the_last(losses: dict[float, float], beyond: float | None) -> None:
-    assert outside(losses) == beyond
+    assert found["whole"][f"{found['lr']:.3g}"] == min(found["whole"].values())
 
 
 def test_a_method_and_what_is_left_of_it(setting: Settings) -> None:
