@@ -42,7 +42,7 @@ def command(
 ) -> None:
     """Train every method on equal data, with its recommended settings, and write one table and one web page.
 
-    A learning rate is searched for each method by short runs and confirmed by a whole one, on rows of the training data
+    A learning rate is searched for each method by short runs and confirmed by whole ones, on rows of the training data
     kept apart; then each is trained once per seed; every run is a process of its own.
     Results are kept: a second call goes on where the first was killed, and gives the same table. Methods that the model
     cannot have are listed with the reason. With --peers peft each method that PEFT has runs through PEFT as well: same
@@ -139,7 +139,7 @@ def affordable(base: Mapping[str, Any], methods: int, seeds: int, peers: bool, b
     finals = methods * seeds * (2 if peers else 1)
     around = (finals + methods) * (base["startup_seconds"] + base["evaluation_seconds"])
     around += methods * 5 * base["evaluation_seconds"]  # of the rates that are searched, and when deployed
-    per_step = base["seconds_per_step"] * (finals + 2 * methods)  # a search: four quarters of a run, and a whole one
+    per_step = base["seconds_per_step"] * (finals + 3 * methods)  # a search: four quarters of a run, and two whole ones
     return int(max(LEAST, min(MOST, (budget - around) / per_step)))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import resource
 from pathlib import Path
 
 import torch
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+from surgeon.resident import peak_bytes, resident_bytes
+
+_CLEAR = Path("/proc/self/clear_refs")
 
 
 class Peak:
@@ -19,7 +20,7 @@ class Peak:
     """
 
     def __init__(self) -> None:
-        self.before = _resident()
+        self.before = resident_bytes()
 
     def begin(self) -> None:
         """Forget what was before."""
@@ -36,18 +37,4 @@ class Peak:
         """The peak since."""
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated()
-        return max(0, _peak() - self.before)
-
-
-def _line(name: str) -> int | None:
-    if not _STATUS.is_file():
-        return None
-    return next((int(line.split()[1]) * 1024 for line in _STATUS.read_text().splitlines() if line.startswith(name)), 0)
-
-
-def _resident() -> int:
-    return _line("VmRSS") or 0
-
-
-def _peak() -> int:
-    return _line("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return max(0, peak_bytes() - self.before)

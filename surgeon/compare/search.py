@@ -30,10 +30,11 @@ class Found:
 
 
 def search(rates: Sequence[float], short: Callable[[float], float], whole: Callable[[float], float]) -> Found:
-    """The learning rate with the least loss after a short run that a whole run does not undo.
+    """The learning rate with the least loss after a whole run, from the best of short runs downwards.
 
-    A rate that is best after a quarter of the steps can be too high for the rest ("short-horizon bias", Wu et al. 2018,
-    arXiv 1803.02021). A whole run therefore has to end below the best short one; else the next lower rate is asked.
+    A rate that is best after a quarter of the steps need not be after all ("short-horizon bias", Wu et al. 2018,
+    arXiv 1803.02021), and one at the edge of what is stable learns in one run and nothing in the next. The next lower
+    rate has a whole run too, therefore, and the one below it where that was better.
 
     Args:
         rates: the first to be tried, lowest first.
@@ -54,7 +55,7 @@ def search(rates: Sequence[float], short: Callable[[float], float], whole: Calla
     confirmed: dict[float, float] = {}
     for lr in sorted((lr for lr in tried if lr <= best), reverse=True)[:MOST_CONFIRMED]:
         confirmed[lr] = _or_infinite(whole, lr)
-        if confirmed[lr] <= tried[best]:
+        if math.isfinite(confirmed[lr]) and confirmed[lr] > min(confirmed.values()):
             break
     return Found(min(confirmed, key=confirmed.__getitem__), _told(tried), _told(confirmed))
 

@@ -175,7 +175,7 @@ def test_steps_are_what_the_budget_allows() -> None:
     few, many = (command.affordable(BASE, 2, 1, peers=False, budget=budget) for budget in (60, 600))
     assert few == command.LEAST
     assert many > few
-    assert many * BASE["seconds_per_step"] * (2 + 1.5) <= 600
+    assert many * BASE["seconds_per_step"] * (2 + 2 * 3) <= 600
     assert [settings.seconds(text) for text in ("90", "90s", "10m", "2h")] == [90, 90, 600, 7200]
 
 

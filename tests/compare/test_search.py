@@ -30,12 +30,13 @@ def found(short: dict[float, float], whole: dict[float, float]) -> tuple[float, 
     return result.lr, list(result.whole)
 
 
-def test_the_best_of_short_runs_is_confirmed_by_a_whole_one() -> None:
-    assert found({1: 3.0, 3: 1.5, 9: 2.0}, {3: 1.2}) == (3, ["3"])
+def test_the_best_of_short_runs_and_the_next_lower_have_whole_ones() -> None:
+    assert found({1: 3.0, 3: 1.5, 9: 2.0}, {3: 1.2, 1: 1.4}) == (3, ["3", "1"])
+    assert found({1: 3.0, 3: 1.6, 9: 1.5, 27: 1.6}, {9: 1.0, 3: 1.1}) == (9, ["9", "3"])
 
 
 def test_what_diverges_later_gives_way_to_a_lower_rate() -> None:
-    assert found({1: 3.0, 3: 2.0, 9: 1.5, 27: 1.6}, {9: 4.0, 3: 1.4}) == (3, ["9", "3"])
+    assert found({1: 3.0, 3: 2.0, 9: 1.5, 27: 1.6}, {9: 4.0, 3: 1.4, 1: 1.6}) == (3, ["9", "3", "1"])
     assert found({1: 3.0, 3: 2.0, 9: 1.5, 27: 1.6}, {9: math.inf, 3: 1.8, 1: 1.9}) == (3, ["9", "3", "1"])
 
 
@@ -53,7 +54,8 @@ def test_a_rate_that_fails_is_out_and_the_lowest_must_not() -> None:
 
     failing = 5.0
     assert search([1, 3, 9], short, lambda lr: 0.1).lr == 3
-    assert search([1, 3, 9, 27], {1: 4.0, 3: 3.0, 9: 2.0, 27: 3.0}.__getitem__, short).whole == {"9": None, "3": 1 / 3}
+    assert search([1, 3, 9, 27], {1: 4.0, 3: 3.0, 9: 2.0, 27: 3.0}.__getitem__, short).lr == 3
+    assert search([1, 3, 9], lambda lr: 1 / lr, short).whole["9"] is None
     assert search([1, 3, 9], short, lambda lr: 0.1).tried["9"] is None
     failing = 0.5
     with pytest.raises(SurgeonError):
