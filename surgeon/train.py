@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from surgeon.loss_log import LossLog, ProgressBar, plot_log, read_log
 from surgeon.offload import paged_name
 from surgeon.passes.base import Pass
 from surgeon.recipe import SCHEDULERS, Recipe, make_recipe
+from surgeon.resident import peak_bytes
 from surgeon.samples import Data, collator_for, samples_for
 from surgeon.trainer import SurgeonTrainer, check_same_run, checkpoints
 
@@ -235,7 +235,7 @@ def _report(
         trainable_parameters=trainable,
         tokens_per_second=trainer.tokens_seen / seconds,
         seconds=seconds,
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_bytes=peak_bytes(),
         resumed_from=done or None,
         log=log.path,
         plot=plot,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch
 
 from surgeon.errors import CheckFailed, UsageError
 from surgeon.graph import Graph
+from surgeon.resident import peak_bytes
 from surgeon.stream import StreamingExecutor
 
 PROBE_TEXTS = (
@@ -176,7 +176,7 @@ def compare(
         largest=largest,
         probes=tuple(results),
         seconds=time.perf_counter() - began,
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_bytes=peak_bytes(),
     )
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -88,6 +87,8 @@ def one(way: str, model: Path, out: Path) -> dict[str, Any]:
     import torch
     import transformers
 
+    from surgeon.resident import peak_bytes
+
     assert onnxscript
     assert transformers
     torch.set_num_threads(1)
@@ -98,7 +99,7 @@ def one(way: str, model: Path, out: Path) -> dict[str, Any]:
     written = sum(path.stat().st_size for path in files if path.stat().st_nlink == 1)
     return {
         "seconds": seconds,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_bytes(),
         "bytes_written": written,
         "bytes_linked": sum(path.stat().st_size for path in files) - written,
     }

@@ -10,7 +10,6 @@ Encoder-decoders are two models: see `surgeon.lower.onnx.seq2seq`.
 from __future__ import annotations
 
 import json
-import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -37,6 +36,7 @@ from surgeon.lower.onnx.precision import Linear
 from surgeon.lower.onnx.profiles import DEFAULT, GQA, STANDARD, Profile, find
 from surgeon.lower.onnx.ready import Ready, exportable, ready
 from surgeon.lower.onnx.web import Layout, layout
+from surgeon.resident import peak_bytes
 from surgeon.verification import Probe, make_probes
 
 FOUR_BIT = ("standard", "bnb4", "int4")
@@ -196,7 +196,7 @@ def export_onnx(
         attention=made.attention, fallbacks=dict(made.fallbacks), weights=placed,
         linears=made.chosen.linears if made.chosen else (), change=change, replay=checked,
         seconds=time.perf_counter() - began,
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_bytes=peak_bytes(),
     )  # fmt: skip
 
 
