@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from surgeon.cli import output
+from surgeon.cli import devices, output
 from surgeon.errors import UsageError, nearest
 from surgeon.recipe import PRECISIONS
 
@@ -55,7 +55,7 @@ def command(
     from surgeon.evaluate import evaluate
     from surgeon.samples import samples_for
 
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = devices.chosen(device)
     dtype = torch.float32 if precision == "fp32" else None
     model = api.load(folder, base=base, dtype=dtype, device=where)
     tokenizer, adapted = model.tokenizer, bool(model.graph.applied)

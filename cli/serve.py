@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from surgeon.cli import output
+from surgeon.cli import devices, output
 from surgeon.errors import UsageError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -130,17 +130,11 @@ def _dtype(text: str) -> Any:
 
 
 def _device(text: str, processes: int) -> str:
-    import torch
-
-    where = text or ("cuda" if torch.cuda.is_available() and processes == 1 else "cpu")
-    if processes > 1 and where != "cpu":
-        raise UsageError(f"{processes} processes share the model on {where}", "--tensor-parallel", "--device cpu")
-    try:
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
-        what = f"cannot use the device '{where}': {str(error).splitlines()[0]}"
-        raise UsageError(what, "--device", "cpu, or surgeon doctor to see what there is") from error
-    return where
+    if processes == 1:
+        return devices.chosen(text)
+    if text not in ("", "cpu"):
+        raise UsageError(f"{processes} processes share the model on {text}", "--tensor-parallel", "--device cpu")
+    return "cpu"
 
 
 def _template(path: Path | None) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from surgeon.cli import output
+from surgeon.cli import devices, output
 from surgeon.errors import UsageError
 from surgeon.recipe import PRECISIONS, SCHEDULERS, Recipe, make_recipe
 
@@ -141,18 +141,14 @@ def _loaded(target: Path, base: Path | None, device: str, recipe: Recipe, rows: 
     from surgeon import api, heads, labels, manifest
     from surgeon.model import load_model
 
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = devices.chosen(device)
     dtype = torch.float32 if recipe.precision == "fp32" else None
-    try:
-        graph = api.read(target, base=base)
-        names = labels.chosen(rows, graph.config, graph.task, open_head=bool(graph.fresh) and not graph.labels)
-        if names is not None:
-            graph = heads.relabelled(graph, names, manifest.read_manifest(target).seed)
-        model = load_model(graph, dtype=dtype, device=where)
-        model.tokenizer = api.tokenizer_of(target) or api.tokenizer_of(graph.source)
-    except (RuntimeError, AssertionError) as error:
-        what = f"cannot use the device '{where}': {str(error).splitlines()[0]}"
-        raise UsageError(what, "--device", "cpu, or surgeon doctor to see what there is") from error
+    graph = api.read(target, base=base)
+    names = labels.chosen(rows, graph.config, graph.task, open_head=bool(graph.fresh) and not graph.labels)
+    if names is not None:
+        graph = heads.relabelled(graph, names, manifest.read_manifest(target).seed)
+    model = load_model(graph, dtype=dtype, device=where)
+    model.tokenizer = api.tokenizer_of(target) or api.tokenizer_of(graph.source)
     if model.tokenizer is None:
         raise UsageError("the base has no tokenizer", str(model.graph.source), "put tokenizer.json beside the config")
     return model

@@ -162,6 +162,14 @@ class Graph:
             inserted=dict(self.inserted),
         )
 
+    def rewritable(self) -> Graph:
+        """A copy whose nodes can be changed too; layers that share a graph go on sharing theirs."""
+        result = self.copy()
+        result.trunk = copied(self.trunk)[0]
+        for part, paths in self.groups():
+            result.layers.update(dict.fromkeys(paths, copied(part)[0]))
+        return result
+
     def text(self) -> str:
         """The graph, readable: see `surgeon.text`."""
         from surgeon import text

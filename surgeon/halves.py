@@ -15,7 +15,7 @@ from torch import fx
 from surgeon import lengths, virtual, wiring
 from surgeon.edit import Edit
 from surgeon.errors import UnsupportedError
-from surgeon.graph import INPUT, Graph, copied, val
+from surgeon.graph import INPUT, Graph, val
 from surgeon.sites import argument_of
 
 aten = torch.ops.aten
@@ -30,11 +30,11 @@ def encoder_of(graph: Graph) -> Graph:
     Raises:
         UnsupportedError: the decoder reads anything but one result of the encoder.
     """
-    result, found = _copied(graph), _states(graph).name
+    result, found = graph.rewritable(), _states(graph).name
     states = next(node for node in result.trunk.nodes if node.name == found)
     wiring.output_of(result.trunk).args = ((states,),)
     result.outputs, result.task = (RESULT,), "features"
-    _prune(result)
+    wiring.prune(result)
     return result
 
 
@@ -46,14 +46,14 @@ def decoder_of(graph: Graph) -> Graph:
     Raises:
         UnsupportedError: the decoder reads anything but one result of the encoder, or its mask outside of attentions.
     """
-    result, found = _copied(graph), _states(graph).name
+    result, found = graph.rewritable(), _states(graph).name
     states = next(node for node in result.trunk.nodes if node.name == found)
     given = wiring.add_input(result.trunk, STATES)
     given.meta["val"] = _as_long_as_its_text(graph, val(states))
     states.replace_all_uses_with(given)
     _unmask(result)
     sizes_off_the_decoder(result)
-    _prune(result)
+    wiring.prune(result)
     if left := [name for name in result.inputs if name in ("input_ids", MASK)]:
         what = f"the decoder of {graph.config.model_type} reads {left[0]} outside of its attentions"
         raise UnsupportedError(what, graph.source)
@@ -62,7 +62,7 @@ def decoder_of(graph: Graph) -> Graph:
 
 def renamed(graph: Graph, names: dict[str, str]) -> Graph:
     """The graph with other names for some of its inputs."""
-    result = _copied(graph)
+    result = graph.rewritable()
     for node in wiring.inputs_of(result.trunk):
         name = str(node.meta.get(INPUT, node.target))
         node.meta[INPUT] = names.get(name, name)
@@ -133,23 +133,6 @@ def new_states(graph: Graph, owner: str) -> None:
     fresh = edit.call(aten.slice.Tensor, states, 1, known, _END)
     fresh.meta["val"] = val(states)
     states.replace_all_uses_with(fresh, delete_user_cb=lambda user: user is not fresh)
-
-
-def _prune(half: Graph) -> None:
-    """Drop what only the other half reads; what no node reads, weights that codes stand for, stays."""
-    before = half.tensors
-    unread = before.keys() - {half.resolve(prefix + str(n.target)) for prefix, n in half.nodes() if n.op == "get_attr"}
-    wiring.prune(half)
-    half.tensors = {name: spec for name, spec in before.items() if name in half.tensors or name in unread}
-
-
-def _copied(graph: Graph) -> Graph:
-    """A graph whose nodes can be changed."""
-    result = graph.copy()
-    result.trunk = copied(graph.trunk)[0]
-    for part, paths in graph.groups():
-        result.layers |= dict.fromkeys(paths, copied(part)[0])
-    return result
 
 
 def _states(graph: Graph) -> fx.Node:

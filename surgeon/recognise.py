@@ -46,10 +46,7 @@ def recognise(graph: Graph, buffers: Buffers) -> tuple[Graph, str]:
 
 
 def _copied(graph: Graph) -> Graph:
-    work = graph.copy()
-    work.trunk = copied(graph.trunk)[0]
-    for part, paths in graph.groups():
-        work.layers.update(dict.fromkeys(paths, copied(part)[0]))
+    work = graph.rewritable()
     for part, paths in work.groups():
         _drop_results(work, part, paths)
     return work

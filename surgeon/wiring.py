@@ -94,6 +94,9 @@ def prune(graph: Graph) -> None:
     called = {str(node.target) for node in graph.trunk.nodes if node.op == "call_module"}
     graph.layers = {path: layer for path, layer in graph.layers.items() if path in called}
     read = {graph.resolve(prefix + str(node.target)) for prefix, node in graph.nodes() if node.op == "get_attr"}
+    for name, spec in graph.tensors.items():
+        if spec.held is not None and not read.isdisjoint(spec.held.parts.values()):
+            read.add(name)  # no node reads a weight that codes stand for
     graph.tensors = {name: spec for name, spec in graph.tensors.items() if name in read}
     graph.ties = {alias: name for alias, name in graph.ties.items() if name in read}
 

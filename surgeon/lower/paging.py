@@ -51,6 +51,7 @@ def paged(graph: Graph) -> Program:
     fuse_bypasses(result)
     _last_token(result)
     wiring.prune(result)
+    result.tensors = result.resident()
     left = set(result.inputs) - {"input_ids", "position_ids", *INPUTS}
     if left or "input_ids" not in result.inputs:
         what = f"{graph.config.model_type} computes with {', '.join(sorted(left))} outside of its attentions"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 
 from surgeon import module, numbering, positions, run
 from surgeon.errors import SurgeonError, UnsupportedError, UsageError
-from surgeon.graph import Graph, copied, sweep
+from surgeon.graph import Graph, sweep
 from surgeon.packed import packed_products
 from surgeon.passes import make
 from surgeon.serve import bypass, paged, partition, shared
@@ -167,10 +166,7 @@ def _layout(base: Graph, linears: tuple[Site, ...], step: Any) -> Layout:
 
 def _swept(graph: Graph) -> Graph:
     """The graph without what the pass has replaced: masks and attentions that nobody reads."""
-    result = dataclasses.replace(graph, trunk=copied(graph.trunk)[0])
-    sweep(result.trunk)
-    known = {id(part): copied(part)[0] for part, _ in graph.groups()}
-    for part in known.values():
+    result = graph.rewritable()
+    for part in (result.trunk, *(part for part, _ in result.groups())):
         sweep(part)
-    result.layers = {path: known[id(part)] for path, part in graph.layers.items()}
     return result

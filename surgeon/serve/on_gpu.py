@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from surgeon.on_gpu import is_gpu
-from surgeon.once import Once
+from surgeon.remembered import Remembered
 from surgeon.serve.layout import COLUMN_BIAS, COUNT, LENGTH, WINDOWED
 from surgeon.serve.packed import BIAS, INPUT, OUTPUT, RANK
 
@@ -58,8 +58,8 @@ def _planned(owners: Tensor) -> Tensor:
     return multi_adapter.plan(owners.tolist()).to(owners.device)
 
 
-_contents = Once(_read)
-_segments = Once(_planned)
+_contents = Remembered(_read)
+_segments = Remembered(_planned)
 
 
 def attention(
@@ -114,7 +114,7 @@ def _columns(prefix: Tensor) -> tuple[bool, bool | None, bool]:
 
 
 @functools.cache
-def _pieces(tile: int) -> Once[Tensor]:
+def _pieces(tile: int) -> Remembered[Tensor]:
     """Spans in segments of at most so many rows."""
 
     def make(spans: Tensor) -> Tensor:
@@ -122,8 +122,8 @@ def _pieces(tile: int) -> Once[Tensor]:
 
         return plan([(count, past) for _, count, past in spans.tolist()], tile=tile).to(spans.device)
 
-    return Once(make)
+    return Remembered(make)
 
 
-_learned = Once(_columns)
-_longest = Once(lambda spans: int(spans[:, COUNT].max()))
+_learned = Remembered(_columns)
+_longest = Remembered(lambda spans: int(spans[:, COUNT].max()))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from surgeon.once import Once
+from surgeon.remembered import Remembered
 from surgeon.serve.layout import COLUMN_BIAS, COUNT, FIRST, LENGTH, PAST, WINDOWED
 
 
@@ -96,5 +96,5 @@ def _group(chosen: list[int], spans: torch.Tensor, prefix: torch.Tensor, block: 
     return Group(own[:, FIRST], index, front, numbers, places, last, learned[:, WINDOWED, None], columns)
 
 
-slots = Once(_slots)
+slots = Remembered(_slots)
 """Where the tokens of a batch lie, of its spans, its learned columns, `block` and `each`."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from surgeon.once import Once
+from surgeon.remembered import Remembered
 from surgeon.serve.packed import BIAS, FIRST_A, FIRST_B, INPUT, LOW, OUT, OUTPUT, PARTS, RANK
 
 MANY = 8
@@ -256,4 +256,4 @@ def _vectors(runs: list[Run], lines: list[list[int]], name: int, rows: torch.Ten
     return Vectors(tokens.contiguous(), rows[places])
 
 
-_made = Once(_work)
+_made = Remembered(_work)

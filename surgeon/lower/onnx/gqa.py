@@ -75,7 +75,7 @@ def fuse(graph: Graph, *, preloaded: bool = False) -> Fused:
         sweep(part)
         fusion.made.layers.update(dict.fromkeys(paths, part))
     _measure_by_mask(fusion.trunk)
-    _prune(fusion.made)
+    prune(fusion.made)
     return Fused(fusion.made, {}, fusion.rotary)
 
 
@@ -223,13 +223,6 @@ def _past(node: fx.Node, position: int) -> tuple[Any, Any] | None:
     past, new = whole.args[0]
     alone = past.op == "placeholder" and len(past.users) == 1
     return (past, new) if alone and all(user is node or user.op == "output" for user in whole.users) else None
-
-
-def _prune(graph: Graph) -> None:
-    """Drop what nothing reads any more, tensors apart: codes stand for weights that no node reads."""
-    tensors, ties = graph.tensors, graph.ties
-    prune(graph)
-    graph.tensors, graph.ties = tensors, ties
 
 
 def _measure_by_mask(trunk: fx.Graph) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from surgeon.lower.onnx.session import Array, empty_cache, open_session, padded
+from surgeon.lower.onnx.session import Array, empty_cache, follow, open_session, padded
 
 ENCODER, DECODER = "encoder_model", "decoder_model_merged"
 """The files' names, those of optimum and transformers.js."""
@@ -86,15 +86,13 @@ def open_record(folder: Path, record: Mapping[str, Any]) -> Pair:
 
 
 def forced(pair: Pair, batch: Mapping[str, Any], first: list[int], bound: float) -> tuple[float, float]:
-    """Error and agreement of one batch of an export's record, fed with the tokens that were generated."""
-    tokens, wanted = np.array(batch["tokens"], np.int64), np.array(batch["best_logits"])
-    rows, errors, agrees = np.arange(len(tokens)), [], []
-    given, new = pair.encode(batch["prompts"]), np.array([first] * len(tokens), np.int64)
-    for step in range(tokens.shape[1]):
-        logits, given = pair.step(new, given, keep=1)
-        last = logits[:, -1]
-        found = last[rows, tokens[:, step]]
-        errors.append(np.abs(found - wanted[:, step]).max())
-        agrees.append(last.max(-1) - found <= 2 * bound)
-        new = tokens[:, step : step + 1]
-    return float(np.max(errors)), float(np.mean(agrees))
+    """Error and agreement of one batch of an export's record, see `surgeon.lower.onnx.session.follow`."""
+    given = pair.encode(batch["prompts"])
+
+    def step(ids: Array) -> Array:
+        nonlocal given
+        logits, given = pair.step(ids, given, keep=1)
+        last: Array = logits[:, -1]
+        return last
+
+    return follow(batch, bound, np.array([first] * len(batch["prompts"]), np.int64), step)

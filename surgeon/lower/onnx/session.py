@@ -6,6 +6,7 @@ Nothing here needs torch: an export can be replayed where only ONNX Runtime and 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,26 @@ def padded(rows: list[list[int]], pad: int, *, choices: bool = False) -> dict[st
         turned = np.array([row[::-1] + [pad] * (length - len(row)) for row in rows], np.int64)
         ids, mask = np.stack([ids, turned], 1), np.stack([mask, mask], 1)
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+
+
+def follow(batch: Mapping[str, Any], bound: float, ids: Array, step: Callable[[Array], Array]) -> tuple[float, float]:
+    """Error and agreement of one batch of an export's record, fed with the tokens that were generated.
+
+    Args:
+        batch: its tokens `[b, t]`, and the best logit of each.
+        bound: logits that differ by less than twice this are a tie.
+        ids: what is fed first `[b, ..]`.
+        step: logits `[b, vocab]` after new tokens.
+    """
+    tokens, wanted = np.array(batch["tokens"], np.int64), np.array(batch["best_logits"])
+    rows, errors, agrees = np.arange(len(tokens)), [], []
+    for place in range(tokens.shape[1]):
+        logits = step(ids)
+        found = logits[rows, tokens[:, place]]
+        errors.append(np.abs(found - wanted[:, place]).max())
+        agrees.append(logits.max(-1) - found <= 2 * bound)
+        ids = tokens[:, place : place + 1]
+    return float(np.max(errors)), float(np.mean(agrees))
 
 
 def numbered(mask: Array) -> Array:

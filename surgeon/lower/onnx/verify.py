@@ -21,7 +21,7 @@ from surgeon.errors import CheckFailed, UnsupportedError, UsageError
 from surgeon.lower.onnx import pair
 from surgeon.lower.onnx.adapter_file import Loaded, as_loaded, load
 from surgeon.lower.onnx.files import AGAIN, MANIFEST, check_files
-from surgeon.lower.onnx.session import Array, empty_cache, left_padded, numbered, open_session, padded
+from surgeon.lower.onnx.session import Array, empty_cache, follow, left_padded, numbered, open_session, padded
 
 SCHEMA = 1
 MODEL = "model.onnx"
@@ -150,23 +150,21 @@ def _adapted(
 
 
 def _forced(session: Any, batch: Mapping[str, Any], bound: float, given: Loaded | None) -> tuple[float, float]:
-    """Error and agreement of one batch, fed with the tokens that were generated."""
-    tokens, wanted = np.array(batch["tokens"], np.int64), np.array(batch["best_logits"])
+    """Error and agreement of one batch, see `surgeon.lower.onnx.session.follow`."""
     ids, mask = left_padded(batch["prompts"])
-    rows, errors, agrees = np.arange(len(ids)), [], []
     past = {**empty_cache(session, len(ids)), **(given.past(len(ids)) if given else {})}
     if given and given.length and len(ids) > 1:  # GroupQueryAttention goes on with several rows by one token each
         for end in range(1, ids.shape[1]):
             past = step_logits(session, ids[:, end - 1 : end], mask[:, :end], past, given)[1]
         ids = ids[:, -1:]
-    for step in range(tokens.shape[1]):
-        logits, past = step_logits(session, ids, mask, past, given)
-        found = logits[rows, tokens[:, step]]
-        errors.append(np.abs(found - wanted[:, step]).max())
-        agrees.append(logits.max(-1) - found <= 2 * bound)
-        ids = tokens[:, step : step + 1]
-        mask = np.concatenate([mask, np.ones_like(ids)], 1)
-    return float(np.max(errors)), float(np.mean(agrees))
+
+    def step(new: Array) -> Array:
+        nonlocal mask, past
+        logits, past = step_logits(session, new, mask, past, given)
+        mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)  # with the token that is fed next
+        return logits
+
+    return follow(batch, bound, ids, step)
 
 
 def step_logits(
