@@ -6,6 +6,7 @@ Each line is a shortened run of the benchmark named beside it; the full runs and
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+STEPS, HELDOUT = 10, 24
+"""Steps and held-out rows of the comparison of methods."""
 
 
 def run(out: Path, module: str, *options: str) -> Any:
@@ -79,23 +82,37 @@ def merge(out: Path) -> Iterator[str]:
 
 
 def methods(out: Path) -> Iterator[str]:
-    """All methods side by side; needs the shared model and data of the repository's surroundings."""
-    from benchmarks import domain
+    """The README's two tables of methods, over a few steps; needs the repository's surroundings (../shared)."""
+    from benchmarks import compared, docs_methods, domain
 
     if not domain.BASE.is_dir():
         yield "methods: ../shared is not here, see benchmarks/results/compare_llama.json"
         return
-    data = ["--data", str(domain.TRAIN), "--heldout", str(domain.unseen(out.parent))]
-    sizes = ["--steps", "10", "--seeds", "1", "--batch-size", "4", "--max-length", "128", "--no-onnx"]
-    folder = out.with_suffix("")
-    told("compare", str(domain.BASE), *data, *sizes, "-o", str(folder))
-    for row in json.loads((folder / "compare.json").read_text())["rows"]:
-        after = {way: f"{loss:.3f}" if isinstance(loss, float) else "–" for way, loss in row["after"].items()}
-        yield (
-            f"{row['method']:>10}, 10 steps on C headers: {row['trained']:>9,} trained, held-out loss "
-            f"−{row['reduction']['mean']:.3f} to {row['loss']['mean']:.3f}; merged {after['merged']}, "
-            f"in 4 bits {after['4bit']}; {1000 * row['seconds_per_step']:.0f} ms a step"
-        )
+    for side in compared.sides(out.parent):
+        folder = out.parent / side.name
+        rates(json.loads((compared.RESULTS / f"compare_{side.name}.json").read_text()), folder)
+        few = dataclasses.replace(side, heldout=sample(side.heldout, out.parent / f"{side.name}.few.jsonl"))
+        ran = subprocess.run(few.command(out.parent, STEPS, 1), capture_output=True, text=True, check=False)
+        if ran.returncode:
+            raise SystemExit(f"the comparison on {side.title} failed:\n{ran.stderr[-2000:]}")
+        found = json.loads((folder / "compare.json").read_text())
+        yield f"{side.title}, {STEPS} steps, one seed, {HELDOUT} held-out rows, {found['base']['loss']:.3f} before:"
+        yield docs_methods.overview(found)
+
+
+def rates(known: dict[str, Any], folder: Path) -> None:
+    """Give a comparison the learning rates that the whole one found: no search."""
+    from surgeon.compare.schedule import SEARCH, Results, Run
+
+    for row in known["rows"]:
+        Results(folder).write(Run(SEARCH, row["method"]), {"lr": row["lr"]})
+
+
+def sample(file: Path, out: Path) -> Path:
+    """`HELDOUT` rows from all of a file."""
+    rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    out.write_text("".join(rows[place * len(rows) // HELDOUT] for place in range(HELDOUT)), encoding="utf-8")
+    return out
 
 
 PARTS: tuple[Callable[[Path], Iterator[str]], ...] = (demo, plan, step, merge, methods)
@@ -108,7 +125,7 @@ def main() -> None:
         for part in PARTS:
             for line in part(Path(folder) / f"{part.__name__}.json"):
                 print(line, flush=True)
-    print(f"{time.perf_counter() - began:.0f} s")
+            print(f"  {time.perf_counter() - began:.0f} s so far", flush=True)
 
 
 if __name__ == "__main__":

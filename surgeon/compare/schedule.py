@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -151,8 +152,14 @@ def in_process(settings: Settings, run: Run, lr: float) -> Result:
     )
     lines = made.stdout.strip().splitlines()
     if made.returncode or not lines:
-        last = (made.stderr.strip().splitlines() or [f"exit code {made.returncode}"])[-1]
         hint = "compare again: what is done is kept, and fewer things run beside it need less memory"
-        raise SurgeonError(f"the run {run.key} ended without a result: {last[:200]}", settings.model, hint)
+        raise SurgeonError(f"the run {run.key} ended without a result: {_end(made)}", settings.model, hint)
     found: Result = json.loads(lines[-1])
     return found
+
+
+def _end(process: subprocess.CompletedProcess[str]) -> str:
+    """How a process ended: by whom it was killed, or its last words."""
+    if process.returncode < 0:
+        return f"killed by {signal.Signals(-process.returncode).name}"
+    return (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1][:200]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -244,5 +245,9 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
 
 def test_a_process_that_was_killed_leaves_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("surgeon.compare.schedule.sys.executable", "/bin/false")
-    with pytest.raises(SurgeonError, match="ended without a result"):
+    with pytest.raises(SurgeonError, match="ended without a result: exit code 1"):
+        schedule.in_process(SETTINGS, Run(SURGEON, "lora"), 1e-3)
+    killed = subprocess.CompletedProcess("", -9, stdout="", stderr="a warning of a library")
+    monkeypatch.setattr("surgeon.compare.schedule.subprocess.run", lambda *_, **__: killed)
+    with pytest.raises(SurgeonError, match="killed by SIGKILL"):
         schedule.in_process(SETTINGS, Run(SURGEON, "lora"), 1e-3)
