@@ -44,9 +44,9 @@ def command(
     """Write a checkpoint with the weights of its linears in codes, streamed, one weight in memory at a time.
 
     With --calibration the codes are GPTQ's on that file, linear by linear; without, the nearest ones. transformers
-    loads the forms bitsandbytes, gptq (with GPTQModel) and compressed-tensors; surgeon loads all of them, trains
-    adapters over them and merges into them. GPTQ and compressed-tensors hold integer zero points and scales in half
-    precision: options that they have no place for are changed, and said.
+    loads the forms bitsandbytes, gptq (with GPTQModel) and compressed-tensors; surgeon loads all of them, and AWQ's in
+    its version gemm, trains adapters over them and merges into them. GPTQ and compressed-tensors hold integer zero
+    points and scales in half precision: options that they have no place for are changed, and said.
 
     Examples:
         surgeon quantise model/ -o nf4/

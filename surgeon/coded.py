@@ -1,7 +1,7 @@
 """Checkpoints that were saved quantised: their weights as codes, and as what the codes decode to.
 
-Read is every form of `surgeon.forms`: bitsandbytes in 4 bits, GPTQ, compressed-tensors' packed integers, and
-surgeon's own.
+Read is every form of `surgeon.forms`: bitsandbytes in 4 bits, GPTQ, AWQ, compressed-tensors' packed integers,
+and surgeon's own.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def test_an_adapter_over_a_quantised_checkpoint(base: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("config", "what"),
     [
-        ({"quant_method": "awq"}, r"quantised \(awq\)"),
+        ({"quant_method": "aqlm"}, r"quantised \(aqlm\)"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "8 bits"),
         ({"quant_method": "gptq", "bits": 4}, "none is"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format is marlin"),

@@ -1,4 +1,4 @@
-"""Forms of saved codes: bitsandbytes, GPTQ in two versions, compressed-tensors, and surgeon's own. One file each."""
+"""Forms of saved codes: bitsandbytes, GPTQ in two versions, AWQ, compressed-tensors, surgeon's own. One file each."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from surgeon.errors import UsageError, nearest
+from surgeon.forms.awq import AwqReader
 from surgeon.forms.base import Codes, Layout, Reader, Writer
 from surgeon.forms.bitsandbytes import BitsAndBytesReader, BitsAndBytesWriter
 from surgeon.forms.compressed_tensors import CompressedTensorsReader, CompressedTensorsWriter
@@ -22,8 +23,8 @@ WRITERS: Mapping[str, type[Writer]] = {
 }
 """Form → what writes it."""
 READERS: Mapping[str, type[Reader]] = {
-    "bitsandbytes": BitsAndBytesReader, "gptq": GptqReader, "compressed-tensors": CompressedTensorsReader,
-    "surgeon": OwnReader,
+    "bitsandbytes": BitsAndBytesReader, "gptq": GptqReader, "awq": AwqReader,
+    "compressed-tensors": CompressedTensorsReader, "surgeon": OwnReader,
 }  # fmt: skip
 """`quant_method` of config.json → what reads it."""
 
