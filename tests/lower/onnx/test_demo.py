@@ -25,6 +25,7 @@ from surgeon.errors import UnsupportedError, UsageError
 from surgeon.lower.onnx import demo, web
 from surgeon.lower.onnx.profiles import PROFILES
 from surgeon.model import SurgeonModel
+from tests.lower.onnx.runtimes import by_transformers_js
 
 NAMES = web.Layout("onnx/model.onnx", "onnx/model.onnx_data")
 PROMPT, TOKENS = "def load(", 8
@@ -112,18 +113,6 @@ def greedy(model: SurgeonModel) -> list[int]:
     return [int(token) for token in made[inputs["input_ids"].shape[1] :]]
 
 
-NODE = """
-import { AutoTokenizer, AutoModelForCausalLM, env } from '@huggingface/transformers';
-const [folder, text, count] = process.argv.slice(2);
-env.allowRemoteModels = false;
-const tokenizer = await AutoTokenizer.from_pretrained(folder, { local_files_only: true });
-const model = await AutoModelForCausalLM.from_pretrained(folder, { local_files_only: true });
-const inputs = tokenizer(text);
-const made = await model.generate({ ...inputs, max_new_tokens: Number(count), do_sample: false });
-console.log(JSON.stringify(made.tolist()[0].slice(inputs.input_ids.dims[1]).map(Number)));
-"""
-
-
 @pytest.mark.slow
 def test_a_browser_generates_with_every_adapter_what_torch_does(shared: Path, tmp_path: Path) -> None:
     """The runtime comes from npm, the page from a plain file server, and nothing from anywhere else."""
@@ -147,11 +136,4 @@ def test_a_browser_generates_with_every_adapter_what_torch_does(shared: Path, tm
 def test_transformers_js_generates_what_torch_does(shared: Path, tmp_path: Path) -> None:
     base = shared / "models" / "pystdlib-llama"
     surgeon.export(base, tmp_path / "web", profile="web")
-    subprocess.run(
-        ["npm", "install", "--ignore-scripts", "--silent", "@huggingface/transformers@4.3.1"],
-        cwd=tmp_path, check=True, capture_output=True, timeout=400,
-    )  # fmt: skip
-    (tmp_path / "run.mjs").write_text(NODE)
-    command = ["node", "run.mjs", str(tmp_path / "web"), PROMPT, str(TOKENS)]
-    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=400)
-    assert json.loads(done.stdout.splitlines()[-1]) == greedy(surgeon.load(base))
+    assert by_transformers_js(tmp_path / "web", tmp_path, PROMPT, TOKENS)[0] == greedy(surgeon.load(base))

@@ -17,20 +17,13 @@ from surgeon.graph import Graph
 from surgeon.lower.onnx import export, genai
 from surgeon.passes import make
 from tests.lower.onnx.conftest import traces
+from tests.lower.onnx.runtimes import by_genai
 
 MESSAGES = [{"role": "user", "content": "def add(a, b):"}]
 
 
 def generated(folder: Path, prompt: list[int], steps: int) -> list[int]:
-    """What GenAI generates greedily."""
-    model = onnxruntime_genai.Model(str(folder))
-    params = onnxruntime_genai.GeneratorParams(model)
-    params.set_search_options(max_length=len(prompt) + steps, min_length=len(prompt) + steps)
-    generator = onnxruntime_genai.Generator(model, params)
-    generator.append_tokens(prompt)
-    while not generator.is_done():
-        generator.generate_next_token()
-    return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
+    return by_genai(onnxruntime_genai.Model(str(folder)), prompt, steps)
 
 
 def replayed(report: export.OnnxReport) -> tuple[list[int], list[int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 
 from benchmarks.zoo.folders import base_of
 from surgeon.lower.onnx import adapter_file, export
+from tests.lower.onnx.runtimes import node, npm
 from tests.lower.onnx.test_adapter_file import METHODS, adapted, expected_of, prompt, tensors_of
 
 STEPS = 8
@@ -25,15 +25,12 @@ def test_node_swaps_every_method(tmp_path: Path) -> None:
     adapter_file.write({}, record, tmp_path / "base.safetensors")
     for method in METHODS:
         adapter_file.write(tensors_of(adapted(method), record), record, tmp_path / f"{method}.safetensors")
-    install = ["npm", "install", "--no-audit", "--no-fund", "onnxruntime-node@1.30"]
-    subprocess.run(install, cwd=tmp_path, check=True, capture_output=True)
+    npm(tmp_path, "onnxruntime-node@1.30")
     names = ["base", *METHODS, "base"]
     ids = ",".join(str(int(token)) for token in prompt()[0])
-    script, files = Path(__file__).with_name("decode.mjs"), [f"{name}.safetensors" for name in names]
-    command = ["node", str(script), str(out / "onnx" / "model.onnx"), ids, str(STEPS), *files]
-    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    files = [f"{name}.safetensors" for name in names]
+    found = node("decode.mjs", tmp_path, out / "onnx" / "model.onnx", ids, STEPS, *files)
+    rows = [json.loads(line) for line in found]
     assert len(rows) == len(names)
     start = prompt().shape[1]
     for name, row in zip(names, rows, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from surgeon.errors import UnsupportedError
 from surgeon.lower.onnx import export, prepack
 from surgeon.lower.onnx.pair import DECODER, ENCODER
 from surgeon.lower.onnx.verify import verify
-from tests.lower.onnx.test_openvino import EXACT
+from tests.lower.onnx.runtimes import EXACT, TRANSFORMERS_JS, node, npm
 from tests.lower.onnx.test_seq2seq import ERROR, error_against_transformers, generated, opened, texts
 
 pytestmark = pytest.mark.slow
@@ -65,13 +64,10 @@ def test_transformers_js_generates_what_transformers_does(family: str, tmp_path:
     graph = graphs.graph_of(family)
     out = export.export_onnx(graph, tmp_path / "web", profile="web").folder
     rows, tokens = texts(graph.config.vocab_size, pad := graph.config.pad_token_id or 0)
-    install = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "@huggingface/transformers@4.3.1"]
-    subprocess.run(install, cwd=tmp_path, check=True, capture_output=True)
-    script, sources = Path(__file__).with_name("translate.mjs"), [",".join(map(str, row)) for row in rows]
-    command = ["node", str(script), str(out), str(STEPS), str(pad), *sources]
-    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == generated(graphs.model_of(family), tokens, STEPS)
+    npm(tmp_path, TRANSFORMERS_JS)
+    sources = [",".join(map(str, row)) for row in rows]
+    found = node("translate.mjs", tmp_path, out, STEPS, pad, *sources)
+    assert json.loads(found[-1]) == generated(graphs.model_of(family), tokens, STEPS)
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
