@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
 from surgeon.atomic import atomic_file
 from surgeon.errors import UsageError, nearest
@@ -162,12 +161,7 @@ def write(tensors: Mapping[str, Array], record: Mapping[str, Any], path: str | P
         if path.suffix == PLAIN:
             _write_plain({**defaults(record), **tensors}, version, temporary)
         else:
-            made = onnxruntime.AdapterFormat()
-            made.set_adapter_version(_VERSION)
-            made.set_model_version(version)
-            values = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-            made.set_parameters({n: onnxruntime.OrtValue.ortvalue_from_numpy(v) for n, v in values.items()})
-            made.export_adapter(str(temporary))
+            _write_native(tensors, version, temporary)
     return path.stat().st_size
 
 
@@ -223,7 +217,20 @@ def as_loaded(tensors: Mapping[str, Array], record: Mapping[str, Any]) -> Loaded
     return Loaded(inputs, initial, (0,) if record[SLOTS]["form"] == "stacked" else ())
 
 
+def _write_native(tensors: Mapping[str, Array], version: int, path: Path) -> None:
+    import onnxruntime  # an export that writes no adapter does without its memory
+
+    made = onnxruntime.AdapterFormat()
+    made.set_adapter_version(_VERSION)
+    made.set_model_version(version)
+    values = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    made.set_parameters({n: onnxruntime.OrtValue.ortvalue_from_numpy(v) for n, v in values.items()})
+    made.export_adapter(str(path))
+
+
 def _read_native(path: Path) -> tuple[dict[str, Array], int]:
+    import onnxruntime
+
     found = onnxruntime.AdapterFormat.read_adapter(str(path))
     # The values point into the file, which is closed with the reader.
     return {name: value.numpy().copy() for name, value in found.get_parameters().items()}, found.get_model_version()

@@ -11,7 +11,6 @@ reads a weight where it lies, so that processes share it; every step is then slo
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import time
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ import onnxruntime
 from surgeon.atomic import atomic_folder, check_target
 from surgeon.errors import UnsupportedError, UsageError
 from surgeon.lower.onnx.files import FOLDER, MANIFEST, check_files, files_of, records
+from surgeon.lower.onnx.session import machine
 from surgeon.lower.onnx.verify import MODEL, Verified, read_record, verify
 
 DATA = "prepacked.onnx_data"
@@ -90,11 +90,6 @@ def prepack(folder: Path, out: Path, *, overwrite: bool = False) -> Prepacked:
 def data_of(model: str) -> str:
     """The file of a prepacked model's weights."""
     return DATA if model == MODEL else f"{Path(model).stem}_{DATA}"
-
-
-def machine() -> dict[str, str]:
-    """What prepacked weights hold for."""
-    return {"onnxruntime": onnxruntime.__version__, "processor": platform.machine()}
 
 
 def _models(record: Mapping[str, Any]) -> list[str]:

@@ -6,16 +6,19 @@ Nothing here needs torch: an export can be replayed where only ONNX Runtime and 
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
 from surgeon.errors import UnsupportedError
 from surgeon.lower.onnx.adapter_file import Loaded
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 Array = npt.NDArray[Any]
 
@@ -26,6 +29,8 @@ def open_session(file: Path) -> onnxruntime.InferenceSession:
     Raises:
         UnsupportedError: ONNX Runtime has no kernel for a part of the model.
     """
+    import onnxruntime  # an export that is not replayed does without its memory
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS") or 0)
@@ -34,6 +39,13 @@ def open_session(file: Path) -> onnxruntime.InferenceSession:
     except Exception as error:  # the binding's own classes, one per status code
         reason = str(error).strip().splitlines()[0]
         raise UnsupportedError(f"ONNX Runtime: {reason}", file.name, "--target hf writes a checkpoint") from error
+
+
+def machine() -> dict[str, str]:
+    """The runtime and the processor, which prepacked weights hold for."""
+    import onnxruntime
+
+    return {"onnxruntime": onnxruntime.__version__, "processor": platform.machine()}
 
 
 def left_padded(prompts: list[list[int]]) -> tuple[Array, Array]:

@@ -7,7 +7,6 @@ was exported is fed again, and its logit must be the one that was written down, 
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,13 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from surgeon.errors import CheckFailed, UnsupportedError, UsageError
 from surgeon.lower.onnx import pair
 from surgeon.lower.onnx.adapter_file import Loaded, as_loaded, load
 from surgeon.lower.onnx.files import AGAIN, MANIFEST, check_files
-from surgeon.lower.onnx.session import Array, empty_cache, follow, left_padded, numbered, open_session, padded
+from surgeon.lower.onnx.session import (
+    Array,
+    empty_cache,
+    follow,
+    left_padded,
+    machine,
+    numbered,
+    open_session,
+    padded,
+)
 
 SCHEMA = 1
 MODEL = "model.onnx"
@@ -105,7 +112,7 @@ def verify(folder: Path) -> Verified:
     return Verified(
         float(np.max(errors)), bound, float(np.mean(agreements)),
         sum(len(batch["prompts"]) for one in replayed for batch in one["batches"]), len(record["files"]),
-        {"onnxruntime": onnxruntime.__version__, "numpy": np.__version__},
+        {"onnxruntime": machine()["onnxruntime"], "numpy": np.__version__},
         time.perf_counter() - began,
     )  # fmt: skip
 
@@ -128,8 +135,7 @@ def _replayed(folder: Path, record: Mapping[str, Any]) -> list[tuple[float, floa
 
 
 def _check_machine(record: Mapping[str, Any], folder: Path) -> None:
-    made = record.get("prepacked")
-    here = {"onnxruntime": onnxruntime.__version__, "processor": platform.machine()}
+    made, here = record.get("prepacked"), machine()
     if made and made != here:
         said = (f"onnxruntime {where['onnxruntime']} on {where['processor']}" for where in (made, here))
         what = "the export was prepacked for {}, this is {}".format(*said)
