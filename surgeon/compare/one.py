@@ -1,16 +1,12 @@
-"""One run of a comparison, in this process: `python -m surgeon.compare.one` reads a request on stdin, prints a result.
-
-Results are JSON on the last line of stdout. Losses are nats per trained token, for classifiers per label.
-"""
+"""One run of a comparison, in this process. Losses are nats per trained token, for classifiers per label."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
+import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +19,7 @@ from surgeon import api, labels, run
 from surgeon.compare import lowered, peers
 from surgeon.compare.contenders import FULL, HEAD, Contender
 from surgeon.compare.memory import Peak
-from surgeon.compare.schedule import BASE, PEFT, SEARCH, Run
+from surgeon.compare.schedule import BASE, FOUND, PEFT, SEARCH, WORDS, Run
 from surgeon.compare.search import search
 from surgeon.compare.settings import Settings, checked_data, validation_of
 from surgeon.errors import SurgeonError
@@ -38,37 +34,38 @@ from surgeon.text import diff
 from surgeon.train import train
 
 Result = dict[str, Any]
-_IMPORTS = 6.0
-"""Seconds that Python and the libraries take before a run begins, as an estimate."""
 
 
-def main() -> None:
-    """Read the request, run it, print the result."""
-    request = json.loads(sys.stdin.read())
+def answer(request: dict[str, Any], folder: str) -> None:
+    """Carry out the run of a request, and write what it found into a folder; what is said on the way goes there too."""
+    place = Path(folder)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with (place / WORDS).open("w") as words:
+        for stream in (1, 2):
+            os.dup2(words.fileno(), stream)
     settings, lr = Settings(**request["settings"]), float(request["lr"])
     given = request["run"]
     wanted = Run(given["kind"], given["method"], tuple(map(tuple, given["options"])), given["seed"])
-    with contextlib.redirect_stdout(sys.stderr):
-        try:
-            result = One(settings, wanted, lr).result()
-        except SurgeonError as error:
-            result = {"failed": error.what + (f" ({error.where})" if error.where else "")}
-        except (RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
-            first = (str(error).strip().splitlines() or [""])[0]
-            result = {"failed": f"unexpected {type(error).__name__}: {first[:200]}"}
-    print(json.dumps(result))
+    try:
+        result = One(settings, wanted, lr, float(request["began"])).result()
+    except SurgeonError as error:
+        result = {"failed": error.what + (f" ({error.where})" if error.where else "")}
+    except (RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        result = {"failed": f"unexpected {type(error).__name__}: {first[:200]}"}
+    (place / FOUND).write_text(json.dumps(result), encoding="utf-8")
 
 
 class One:
     """A run with what it reads."""
 
-    def __init__(self, settings: Settings, wanted: Run, lr: float) -> None:
+    def __init__(self, settings: Settings, wanted: Run, lr: float, began: float = 0.0) -> None:
         self.settings, self.run, self.lr = settings, wanted, lr
-        self.peak, began = Peak(), time.perf_counter()
+        self.peak, began = Peak(), began or time.time()
         self.rows, self.held = checked_data(settings.data, settings.heldout, settings.batch_size)
         self.graph = opened(settings, self.rows, wanted.seed)
         self.tokenizer = api.tokenizer_of(self.graph.source)
-        self.startup = _IMPORTS + time.perf_counter() - began
+        self.startup = time.time() - began
 
     def result(self) -> Result:
         """Of the kind that was asked for."""
@@ -224,7 +221,3 @@ def trainable(graph: Graph, modules: tuple[str, ...] = ()) -> Graph:
 def _metrics(report: Any) -> dict[str, float]:
     accuracy = getattr(report, "accuracy", None)
     return {} if accuracy is None else {"accuracy": float(accuracy)}
-
-
-if __name__ == "__main__":
-    main()

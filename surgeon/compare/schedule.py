@@ -5,11 +5,12 @@ A result is written whole after its run: a comparison that was killed goes on wh
 
 from __future__ import annotations
 
+import functools
 import json
-import os
+import multiprocessing
 import signal
-import subprocess
-import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ from surgeon.errors import SurgeonError, UsageError
 
 BASE, SEARCH, SURGEON, PEFT = "base", "search", "surgeon", "peft"
 RESULTS = "runs"
+FOUND, WORDS = "found.json", "words.txt"
+"""What a run's process leaves: its result, and what it said."""
+_LIBRARIES = ("transformers.trainer", "peft")
 Result = dict[str, Any]
 
 
@@ -144,22 +148,40 @@ def in_process(settings: Settings, run: Run, lr: float) -> Result:
     Raises:
         SurgeonError: it was killed, or ended without a result.
     """
-    request = {"settings": asdict(settings), "run": asdict(run), "lr": lr}
-    command = [sys.executable, "-m", "surgeon.compare.one"]
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    made = subprocess.run(
-        command, input=json.dumps(request), capture_output=True, text=True, check=False, env=environment
-    )
-    lines = made.stdout.strip().splitlines()
-    if made.returncode or not lines:
-        hint = "compare again: what is done is kept, and fewer things run beside it need less memory"
-        raise SurgeonError(f"the run {run.key} ended without a result: {_end(made)}", settings.model, hint)
-    found: Result = json.loads(lines[-1])
+    from surgeon.compare.one import answer
+
+    request = {"settings": asdict(settings), "run": asdict(run), "lr": lr, "began": time.time()}
+    with tempfile.TemporaryDirectory(prefix="surgeon-compare-") as place:
+        process = _processes().Process(target=answer, args=(request, place), daemon=True)
+        process.start()
+        process.join()
+        if process.exitcode or not (Path(place) / FOUND).is_file():
+            hint = "compare again: what is done is kept, and fewer things run beside it need less memory"
+            what = f"the run {run.key} ended without a result: {_end(process.exitcode or 0, Path(place))}"
+            raise SurgeonError(what, settings.model, hint)
+        found: Result = json.loads((Path(place) / FOUND).read_text(encoding="utf-8"))
     return found
 
 
-def _end(process: subprocess.CompletedProcess[str]) -> str:
+@functools.cache
+def _processes() -> Any:
+    """Where processes come from: a server that has read the libraries forks them; on a GPU every one reads them.
+
+    What is forked cannot use CUDA once a library has touched it.
+    """
+    import torch
+
+    if torch.cuda.is_available() or "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["surgeon.compare.one", *_LIBRARIES])
+    return context
+
+
+def _end(code: int, place: Path) -> str:
     """How a process ended: by whom it was killed, or its last words."""
-    if process.returncode < 0:
-        return f"killed by {signal.Signals(-process.returncode).name}"
-    return (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1][:200]
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    words = place / WORDS
+    last = words.read_text(encoding="utf-8", errors="replace").strip().splitlines() if words.is_file() else []
+    return (last or [f"exit code {code}"])[-1][:200]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
+import multiprocessing
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -243,11 +244,18 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
         settings.read(tmp_path)
 
 
-def test_a_process_that_was_killed_leaves_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("surgeon.compare.schedule.sys.executable", "/bin/false")
-    with pytest.raises(SurgeonError, match="ended without a result: exit code 1"):
+@pytest.mark.parametrize(
+    ("signal", "said"), [(9, "killed by SIGKILL"), (0, "OSError: no such thing")], ids=["killed", "failed"]
+)
+def test_a_process_that_ends_without_a_result(monkeypatch: pytest.MonkeyPatch, signal: int, said: str) -> None:
+    monkeypatch.setattr(schedule, "_processes", lambda: multiprocessing.get_context("fork"))
+    monkeypatch.setattr("surgeon.compare.one.answer", lambda _, place: ends(place, signal))
+    with pytest.raises(SurgeonError, match=f"ended without a result: {said}"):
         schedule.in_process(SETTINGS, Run(SURGEON, "lora"), 1e-3)
-    killed = subprocess.CompletedProcess("", -9, stdout="", stderr="a warning of a library")
-    monkeypatch.setattr("surgeon.compare.schedule.subprocess.run", lambda *_, **__: killed)
-    with pytest.raises(SurgeonError, match="killed by SIGKILL"):
-        schedule.in_process(SETTINGS, Run(SURGEON, "lora"), 1e-3)
+
+
+def ends(place: str, signal: int) -> None:
+    """A run that writes no result."""
+    if signal:
+        os.kill(os.getpid(), signal)
+    (Path(place) / schedule.WORDS).write_text("a warning\nOSError: no such thing\n")
