@@ -125,6 +125,7 @@ def replay(arrivals: list[Arrival], service: Any, registry: Any, slo: float) -> 
 
     left, over, lock = len(arrivals), threading.Event(), threading.Lock()
     done: list[Request] = []
+    errors: list[str] = []
 
     def send(arrival: Arrival, due: float) -> None:
         packed = registry.get(f"a{arrival.adapter}")
@@ -132,6 +133,8 @@ def replay(arrivals: list[Arrival], service: Any, registry: Any, slo: float) -> 
 
         def tell(event: Event) -> None:
             nonlocal left
+            if event.error is not None:
+                errors.append(f"{made.adapter}: {event.error!r}")
             if event.finish or event.error is not None:
                 with lock:
                     left -= 1
@@ -153,6 +156,8 @@ def replay(arrivals: list[Arrival], service: Any, registry: Any, slo: float) -> 
     over.wait()
     took = time.monotonic() - start
     watcher.join()
+    if errors:
+        raise RuntimeError(f"{len(errors)} requests were not answered:\n" + "\n".join(errors[:5]))
     waits = sorted(request.first - request.arrived for request in done)
     return {
         "requests": len(done),

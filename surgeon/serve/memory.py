@@ -21,7 +21,7 @@ from surgeon.serve.pool import Pool, PoolFull
 _placements = itertools.count()
 
 
-@dataclass
+@dataclass(eq=False)
 class Resident:
     """An adapter in the pool.
 
@@ -42,7 +42,7 @@ class Resident:
     placed: int = field(default_factory=lambda: next(_placements))
 
 
-@dataclass
+@dataclass(eq=False)
 class Lease:
     """Pages promised to one request."""
 

@@ -15,7 +15,7 @@ FIRST_A, FIRST_B, RANK, LOW, OUT, INPUT, OUTPUT, BIAS, BANKED, PARTS = range(10)
 WIDTH = 10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed:
     """One adapter, or matrices that several adapters share, as rows.
 

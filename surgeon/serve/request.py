@@ -43,9 +43,9 @@ class Event:
     error: Exception | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
-    """One answer to be made.
+    """One answer to be made; no two are equal, whatever they ask for.
 
     Attributes:
         adapter: its adapter's name, "" for the bare base.

@@ -9,7 +9,7 @@ import torch
 from surgeon.serve.packed import Packed
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """Tokens of one request, those of a prompt adapter first.
 

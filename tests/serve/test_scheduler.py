@@ -81,6 +81,21 @@ def test_two_adapters_share_evenly(engine: Engine, adapters: list[Packed]) -> No
     scheduler.expired(time.monotonic())
 
 
+def test_requests_for_an_adapter_that_was_read_twice_end_in_any_order(engine: Engine) -> None:
+    """Between two requests the host's cache may lose an adapter: the second has tensors of its own."""
+    graph = randomised(run.apply(engine.base, make("lora", rank=2)))
+    both = [request("a", engine.loader._packed(graph, "a")) for _ in range(2)]
+    scheduler = Scheduler(engine, Limits(running=2))
+    for one in both:
+        scheduler.push(one)
+    turn(scheduler)
+    assert [id(one) for one in scheduler.running] == [id(one) for one in both]
+    scheduler.finish(both[1])
+    assert [id(one) for one in scheduler.running] == [id(both[0])]
+    scheduler.finish(both[0])
+    assert engine.memory.promised == 0
+
+
 def test_few_adapters_at_a_time(engine: Engine, adapters: list[Packed]) -> None:
     scheduler = Scheduler(engine, Limits(running=8, adapters=2))
     for number in range(6):
