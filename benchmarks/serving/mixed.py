@@ -259,7 +259,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-peft", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "mixed.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "serving_mixed.json")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     results: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {}

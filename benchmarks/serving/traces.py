@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=256 << 20)
     parser.add_argument("--running", type=int, default=32)
     parser.add_argument("--folder", type=Path, help="where the adapters are kept; a temporary one if not given")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "traces.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "serving_traces.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
     apart = ("adapters", "traces", "folder", "out")
