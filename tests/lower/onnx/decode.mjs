@@ -13,8 +13,8 @@ function slots(path) {
   const size = Number(bytes.readBigUInt64LE(0));
   const header = JSON.parse(bytes.subarray(8, 8 + size).toString());
   const made = {};
+  delete header.__metadata__;
   for (const [name, { shape, data_offsets: [from, to] }] of Object.entries(header)) {
-    if (name === "__metadata__") continue;
     const part = new Uint8Array(bytes.subarray(8 + size + from, 8 + size + to));
     made[name] = new ort.Tensor("float32", new Float32Array(part.buffer), shape);
   }
