@@ -58,14 +58,21 @@ def slotted(plain: Graph, profile: Profile, targets: str, form: str = SLOTTED) -
     return run.apply(plain, Slots(targets=targets, prefix=prefix, stacked=stacked))
 
 
-def manifest(graph: Graph, plain: Graph, profile: Profile, dtype: torch.dtype) -> dict[str, Any]:
-    """The `base` and `slots` of an export's manifest, for a graph with slots and with a cache, and without both."""
+def manifest(graph: Graph, base: Graph, profile: Profile, dtype: torch.dtype) -> dict[str, Any]:
+    """The `base` and `slots` of an export's manifest.
+
+    Args:
+        graph: with slots and with a cache, as it is lowered.
+        base: what adapters are made for, whatever its weights are in the export: one file fits all precisions.
+        profile: what it is made for.
+        dtype: of the slots.
+    """
     nodes = [node for node in graph.trunk.nodes if node.op == "placeholder"]
     values = dict(zip(graph.inputs, map(val, nodes), strict=True))
     inputs = {name: list(slots.shape_of(name, value)) for name, value in values.items() if adapter_file.is_slot(name)}
     step = next(step for step in graph.applied if isinstance(step, Slots))
     cached = {n: [1, int(v.shape[1]), "prefix_length", int(v.shape[3])] for n, v in values.items() if "past_key" in n}
-    preloaded = not step.prefix and not step.stacked and len(cached) == 2 * len(sites(plain, ATTENTION))
+    preloaded = not step.prefix and not step.stacked and len(cached) == 2 * len(sites(base, ATTENTION))
     record = {
         "form": STACKED if step.stacked else SLOTTED,
         "optional": profile.optional_slots,
@@ -75,7 +82,7 @@ def manifest(graph: Graph, plain: Graph, profile: Profile, dtype: torch.dtype) -
         "inputs": inputs,
         "initial": cached if preloaded else {},
     }
-    made = {"base": described(plain), "slots": record}
+    made = {"base": described(base), "slots": record}
     record["model_version"] = adapter_file.model_version(made)
     return made
 

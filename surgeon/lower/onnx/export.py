@@ -26,23 +26,21 @@ from surgeon.lower.onnx import adapters as apart
 from surgeon.lower.onnx import beside, genai, seq2seq, slots, web
 from surgeon.lower.onnx import demo as page
 from surgeon.lower.onnx import once as run_once
-from surgeon.lower.onnx.adapter_file import as_loaded
+from surgeon.lower.onnx.adapter_file import Loaded, as_loaded
 from surgeon.lower.onnx.bind import COPY, Placed, choose, place
 from surgeon.lower.onnx.check import Replay, replay
 from surgeon.lower.onnx.files import files_of, records
 from surgeon.lower.onnx.model import build
 from surgeon.lower.onnx.pair import ENCODER, Pair
-from surgeon.lower.onnx.precision import Linear
+from surgeon.lower.onnx.precision import FAST, Linear
 from surgeon.lower.onnx.profiles import DEFAULT, GQA, STANDARD, Profile, find
-from surgeon.lower.onnx.ready import Ready, exportable, ready
+from surgeon.lower.onnx.ready import Ready, ready
 from surgeon.lower.onnx.web import Layout, layout
 from surgeon.resident import peak_bytes
 from surgeon.verification import Probe, make_probes
 
 FOUR_BIT = ("standard", "bnb4", "int4")
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.float32, "int4": torch.float32}
-FAST, ACTIVATIONS = 4, 5e-2
-"""MatMulNBits with its input rounded to 8 bits, and what that may change, of the largest logit (0.5 % per linear)."""
 MODEL, DATA, MANIFEST = "model.onnx", "model.onnx.safetensors", "surgeon.json"
 
 
@@ -172,11 +170,11 @@ def export_onnx(
         checked = _replayed(made, [folder / name.model for name in names.values()], probes, dtype) if verify else None
         if checked is not None:
             checked.require(str(out))
-        change = made.chosen.change(exportable(graph, codes=False), probes) if made.chosen and verify else None
+        change = made.chosen.change(made.exact, probes) if made.chosen and verify else None
         if made.record:
             made.record["adapters"] = apart.put(
                 {**apart.own(graph), **(given or {})}, made.record, folder,
-                lambda one, fed: replay(one, folder / main.model, probes, dtype, given=fed) if verify else None,
+                lambda one, fed: _adapted(made, folder / main.model, probes, dtype, one, fed) if verify else None,
             )  # fmt: skip
         beside.write_configs(made.plain, folder, tokenizer, dtype)
         if made_for.package == "genai":
@@ -225,14 +223,20 @@ def _saved(models: Sequence[tuple[ir.Model, Layout]], made: Ready, folder: Path,
 
 def _replayed(made: Ready, files: Sequence[Path], probes: Sequence[Probe], dtype: torch.dtype) -> Replay:
     """The model without any adapter in its slots, in ONNX Runtime."""
-    relative = None if made.chosen is None else ACTIVATIONS
     if made.plain.task == seq2seq.TASK:
         encoder, decoder = files
         pair = Pair.open(encoder, decoder, run_once.pad_of(made.plain))
-        return seq2seq.replay(made.reference, pair, probes, dtype, relative)
+        return seq2seq.replay(made.reference, pair, probes, dtype, made.relative)
     check = run_once.compare if made.once else replay
     empty: dict[str, Any] = {"given": as_loaded({}, made.record)} if made.record else {}
-    return check(made.reference, files[0], probes, dtype, relative=relative, **empty)
+    return check(made.reference, files[0], probes, dtype, relative=made.relative, **empty)
+
+
+def _adapted(
+    made: Ready, file: Path, probes: Sequence[Probe], dtype: torch.dtype, adapter: Graph, given: Loaded
+) -> Replay:
+    """The model with an adapter in its slots."""
+    return replay(made.reference_of(adapter), file, probes, dtype, given=given, relative=made.relative)
 
 
 def _also(made: Ready, form: str, change: float | None) -> dict[str, Any]:
@@ -240,5 +244,7 @@ def _also(made: Ready, form: str, change: float | None) -> dict[str, Any]:
     found: dict[str, Any] = {"weights": form, "pad": run_once.pad_of(made.plain)}
     found["attention"] = beside.attention(made.attention, made.fallbacks, made.rotary)
     if made.chosen is not None:
-        found["quantised"] = {"change": change, "linears": [asdict(linear) for linear in made.chosen.linears]}
+        step = made.chosen.step
+        found["quantised"] = {"codes": step.spec() if step else "", "change": change}
+        found["quantised"]["linears"] = [asdict(linear) for linear in made.chosen.linears]
     return found

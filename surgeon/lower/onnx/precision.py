@@ -2,7 +2,8 @@
 
     quantise     no adapter: the nearest codes
     requantise   the adapter is merged and the sum quantised, where the codes then hold at least `KEPT` of it
-    side         codes of the base's weight, the adapter in floating point beside them: where they would hold less
+    side         codes of the base's weight, the adapter in floating point beside them: where they would hold less, and
+                 where adapters are inputs (`surgeon.lower.onnx.slots`), which hold all of them
     zero-points  the adapter moves the zero points of codes that the base has: exact
     codes        codes that the base has, as they are
     fp           the merged weight as it is: no codes fit it
@@ -15,21 +16,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from surgeon import run
-from surgeon.errors import UnsupportedError
-from surgeon.finalise import finalise
-from surgeon.fold import Fold, by_weight, folds, normals, value_of
+from surgeon.fold import by_weight, folds
 from surgeon.graph import Graph, TensorSpec
-from surgeon.hold import held_value, holders
-from surgeon.lower.onnx.codes import SIDE, with_codes
-from surgeon.lower.onnx.overlay import Overlay, decoded, untied
+from surgeon.hold import holders
+from surgeon.lower.onnx.codes import SIDE as BESIDE
+from surgeon.lower.onnx.codes import with_codes
+from surgeon.lower.onnx.effective import SIDE, Effective, adapted, merged
+from surgeon.lower.onnx.overlay import Overlay
 from surgeon.lower.saved import relative_error
-from surgeon.normal import Normal, compose
+from surgeon.normal import Normal
 from surgeon.passes.intq import IntQ
 from surgeon.passes.nf4 import Nf4
 from surgeon.sites import LINEAR, Site, sites
@@ -41,6 +42,8 @@ BITS = {"int8": 8, "int4": 4}
 KEPT = 0.95
 """Share of an adapter that codes must hold to take it."""
 GROUPS = (32, 16)
+FAST, ACTIVATIONS = 4, 5e-2
+"""MatMulNBits with its input rounded to 8 bits, and what that may change, of the largest logit (0.5 % per linear)."""
 Read = Callable[[], torch.Tensor]
 
 
@@ -52,7 +55,8 @@ class Linear:
         path: its module.
         how: see above.
         bits: of its codes, 0 for none.
-        retention: share of the adapter that the codes hold or, beside them, would; None without an adapter.
+        retention: share of the adapter that the codes hold or, beside them, would; None without an adapter. 1 where
+            adapters are inputs.
         error: ‖found − exact‖ / ‖exact‖ of its weight, the adapter with it.
     """
 
@@ -71,11 +75,22 @@ class Quantised:
         graph: weights in codes; adapters beside them as tensors of their own.
         reference: the weights as graph and side paths make them.
         linears: what became of each linear.
+        step: what made codes of the weights, None where they are those that the base has.
     """
 
     graph: Graph
     reference: Graph
     linears: tuple[Linear, ...]
+    step: IntQ | None = None
+
+    def beside(self, paths: Collection[str]) -> Quantised:
+        """The same whose linears of these paths have adapters beside them, as inputs."""
+        how = {"quantise": SIDE, "codes": SIDE}
+        rows = [
+            dataclasses.replace(row, how=how.get(row.how, row.how), retention=1.0) if row.path in paths else row
+            for row in self.linears
+        ]
+        return dataclasses.replace(self, linears=tuple(rows))
 
     def change(self, exact: Graph, probes: Sequence[Probe]) -> float:
         """‖found − exact‖ / ‖exact‖ of the outputs on probes, in torch."""
@@ -98,73 +113,50 @@ def quantised(graph: Graph, precision: str, four_bit: str) -> Quantised:
         made = with_codes(graph)
         return Quantised(made, made, tuple(_kept(graph)))
     bits = 8 if nf4 and four_bit != "int4" else BITS[precision]
-    plain = untied(finalise(graph if folds(graph) else decoded(graph)))
+    plain = merged(graph)
     heads = " ".join(sorted(head_paths(plain)))
     step = dataclasses.replace(own, calibration="") if own else IntQ(bits=bits, group=_group(plain), zero="symmetric")
     step = dataclasses.replace(step, targets=f"all-linear {heads}", exclude="")
     return _Policy(graph, plain, step).applied()
 
 
-class _Policy:
+class _Policy(Effective):
     """Decides for every linear of `plain`, the graph with its adapters merged."""
-
-    def __init__(self, graph: Graph, plain: Graph, step: IntQ) -> None:
-        self.graph, self.plain, self.step = graph, plain, step
-        self.groups: Mapping[str, list[Fold]] = by_weight(graph, folds(graph))
-        self.sites = [site for site in step.match(plain) if isinstance(site, Site)]
-        self.rows = {site.weight: self._measured(site) for site in self.sites}
-        self.how = self._decided()
 
     def applied(self) -> Quantised:
         """Codes where there are to be some, and beside them what they do not hold."""
         left_out = " ".join(site.path for site in self.sites if self.how[site.weight] == "fp")
-        chosen = [site for site in self.sites if self.how[site.weight] != "fp"]
-        base = {site.weight: functools.partial(self._base, site) for site in chosen if self.how[site.weight] == "side"}
+        coded = {weight: how for weight, how in self.how.items() if how != "fp"}
+        chosen = [site for site in self.sites if site.weight in coded]
+        base = {site.weight: functools.partial(self.base, site) for site in chosen if coded[site.weight] == SIDE}
         below = dataclasses.replace(self.plain, values=Overlay(self.plain.values, base))
         made = run.apply(below, dataclasses.replace(self.step, exclude=left_out))
         for site in chosen:
-            if self.how[site.weight] != "requantise":
+            if coded[site.weight] != "requantise":
                 self._keep_codes(made, site)
         self._put_beside(made)
-        effective = {site.weight: functools.partial(self._effective, site) for site in chosen}
-        reference = dataclasses.replace(self.plain, values=Overlay(self.plain.values, effective))
-        return Quantised(made, reference, tuple(self._row(site) for site in self.sites))
+        return Quantised(made, self.reference(coded), tuple(map(self._row, self.sites)), self.step)
 
-    def _base(self, site: Site) -> torch.Tensor:
-        """The weight without adapters."""
-        return value_of(self.graph, self.graph.resolve(site.weight))
-
-    def _normal(self, site: Site) -> Normal | None:
-        """The adapters of a linear as one; an empty one without, None if there is none."""
-        group = self.groups.get(site.weight, [])
-        if not group:
-            return Normal()
-        weight = functools.partial(lambda: site.matrix(self._base(site).float()))
-        try:
-            made = normals(group, weight, lambda: value_of(self.graph, site.bias) if site.bias else None)
-            one = functools.reduce(lambda inner, outer: compose(outer, inner), made).factored()
-        except UnsupportedError:
-            return None
-        return None if one.replaced is not None else one
-
-    def _rounded(self, matrix: torch.Tensor, site: Site) -> torch.Tensor:
-        return self.step.decode(self.step.encode(matrix), site)
+    @functools.cached_property
+    def rows(self) -> dict[str, tuple[float | None, float, float]]:
+        """Weight → retention, and the errors of codes of the sum and of codes with the adapter beside them."""
+        return {site.weight: self._measured(site) for site in self.sites}
 
     def _measured(self, site: Site) -> tuple[float | None, float, float]:
-        """Retention, and the errors of codes of the sum and of codes with the adapter beside them."""
         merged = site.matrix(self.plain.values[site.weight].float())
-        again = self._rounded(merged, site)
+        again = self.rounded(merged, site)
         error = _relative(again, merged)
         if site.weight not in self.groups:
             return None, error, error
-        base = site.matrix(self._base(site).float())
-        codes, change = self._rounded(base, site), merged - base
+        base = site.matrix(self.base(site).float())
+        codes, change = self.rounded(base, site), merged - base
         size = float(change.square().sum())
         retention = float(((again - codes) * change).sum()) / size if size else 1.0
-        normal = self._normal(site)
+        normal = self.normal(site)
         return retention, error, float("inf") if normal is None else _relative(normal.merged(codes), merged)
 
-    def _decided(self) -> dict[str, str]:
+    @functools.cached_property
+    def how(self) -> dict[str, str]:
         """By weight; linears of equal layers alike, as the one that loses most of its adapter needs it."""
         alike: dict[tuple[int, str], list[Site]] = {}
         for site in self.sites:
@@ -174,50 +166,34 @@ class _Policy:
         for group in alike.values():
             rows = [self.rows[site.weight] for site in group]
             kept = [retention for retention, _, _ in rows if retention is not None]
-            word = "quantise" if not kept else "requantise" if min(kept) >= KEPT else "side"
-            if word == "side" and any(error == float("inf") for _, _, error in rows):
+            word = "quantise" if not kept else "requantise" if min(kept) >= KEPT else SIDE
+            if word == SIDE and any(error == float("inf") for _, _, error in rows):
                 word = "fp"
             how.update({site.weight: word for site in group})
         return how
 
     def _row(self, site: Site) -> Linear:
         how, (retention, again, beside) = self.how[site.weight], self.rows[site.weight]
-        error = {"fp": 0.0, "side": beside}.get(how, again)
+        error = {"fp": 0.0, SIDE: beside}.get(how, again)
         return Linear(site.path, how, 0 if how == "fp" else self.step.bits, retention, error)
-
-    def _effective(self, site: Site) -> torch.Tensor:
-        """The weight that the export's codes and side path come to."""
-        if self.how[site.weight] != "side":
-            return site.stored(self._rounded(site.matrix(self.plain.values[site.weight].float()), site))
-        held = self._own_codes(site)
-        codes = site.matrix(held_value(self.graph, site.weight)) if held else None
-        codes = self._rounded(site.matrix(self._base(site).float()), site) if codes is None else codes
-        normal = self._normal(site)
-        assert normal is not None
-        return site.stored(normal.merged(codes))
-
-    def _own_codes(self, site: Site) -> Mapping[str, str]:
-        """The base's own codes of a weight, where they are of the kind that is written."""
-        spec = self.graph.tensors.get(site.weight)
-        return spec.held.parts if spec is not None and spec.held is not None and "zero" in spec.held.parts else {}
 
     def _keep_codes(self, made: Graph, site: Site) -> None:
         holding = made.tensors[site.weight].held
         assert holding is not None
-        for part, name in self._own_codes(site).items():
+        for part, name in self.own_codes(site).items():
             made.inserted[holding.parts[part]] = self.graph.inserted[name]
 
     def _put_beside(self, made: Graph) -> None:
         """The tensors of the side paths; equal layers have equal shapes, so ranks are filled up with zeros."""
-        chosen = [site for site in self.sites if self.how[site.weight] == "side"]
-        known = {site.weight: self._normal(site) or Normal() for site in chosen}
+        chosen = [site for site in self.sites if self.how[site.weight] == SIDE]
+        known = {site.weight: self.normal(site) or Normal() for site in chosen}
         rank = max((n.a.shape[0] for n in known.values() if n.a is not None), default=0)
         scaled = {part: any(getattr(n, part) is not None for n in known.values()) for part in ("u", "s")}
         for site in chosen:
             holding = made.tensors[site.weight].held
             assert holding is not None
             for part, value in _tensors(known[site.weight], site, rank, scaled).items():
-                name = site.weight + SIDE + part
+                name = site.weight + BESIDE + part
                 made.tensors[name] = TensorSpec(tuple(value.shape), owner=holding.owner, parameter=False)
                 made.inserted[name] = functools.partial(lambda kept: kept, value)
 
@@ -244,7 +220,7 @@ def _kept(graph: Graph) -> Iterator[Linear]:
         if held is None:
             continue
         adapted = site.weight in groups
-        how = ("zero-points" if "zero" in held.parts else "side") if adapted else "codes"
+        how = ("zero-points" if "zero" in held.parts else SIDE) if adapted else "codes"
         step = run.owners(graph.applied)[held.owner]
         bits = step.bits if isinstance(step, IntQ) else 4
         yield Linear(site.path, how, bits, 1.0 if adapted else None, 0.0)
@@ -255,6 +231,11 @@ def _group(graph: Graph) -> int:
     inputs = [site.inp for site in sites(graph, LINEAR)]
     fitting = {size: sum(inp % size == 0 for inp in inputs) for size in GROUPS}
     return max(GROUPS, key=lambda size: (fitting[size] > len(inputs) / 2, size))
+
+
+def adapter_reference(graph: Graph, step: IntQ | None) -> Graph:
+    """What an adapter in the slots of an export is compared with, see `surgeon.lower.onnx.effective.adapted`."""
+    return graph if step is None else adapted(graph, step)
 
 
 def _relative(found: torch.Tensor, exact: torch.Tensor) -> float:

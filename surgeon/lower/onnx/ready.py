@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from surgeon import run
-from surgeon.errors import UnsupportedError, UsageError
+from surgeon.errors import UnsupportedError
 from surgeon.finalise import finalise
 from surgeon.graph import Graph
 from surgeon.lower.onnx import adapters as apart
@@ -17,9 +17,9 @@ from surgeon.lower.onnx import genai, gqa, seq2seq
 from surgeon.lower.onnx import once as run_once
 from surgeon.lower.onnx.adapter_slots import base_of
 from surgeon.lower.onnx.codes import with_codes
-from surgeon.lower.onnx.precision import BITS, Quantised, quantised
+from surgeon.lower.onnx.precision import ACTIVATIONS, BITS, Quantised, adapter_reference, quantised
 from surgeon.lower.onnx.profiles import GQA, STANDARD, Profile
-from surgeon.lower.onnx.slots import Slots
+from surgeon.lower.onnx.slots import Slots, named
 from surgeon.lower.virtual_columns import as_columns
 from surgeon.passes import make
 from surgeon.passes.base import Adapter
@@ -41,6 +41,8 @@ class Ready:
         fallbacks: why not what the profile has: reason → paths of the layers.
         chosen: of int8 and int4, what became of each linear.
         record: the manifest of slots, empty where adapters are no inputs.
+        below: what is exported, before anything of it is folded or rounded: the graph, or its base where adapters are
+            inputs.
         rotary: what computes rotary embeddings beside a fused attention: operator → paths of the layers.
     """
 
@@ -51,6 +53,7 @@ class Ready:
     fallbacks: Mapping[str, list[str]]
     chosen: Quantised | None
     record: dict[str, Any]
+    below: Graph
     rotary: Mapping[str, list[str]] = field(default_factory=dict)
 
     @property
@@ -68,6 +71,20 @@ class Ready:
         """What ONNX Runtime is compared with."""
         return self.plain if self.chosen is None else _supported(self.chosen.reference)
 
+    @property
+    def relative(self) -> float | None:
+        """What ONNX Runtime may be off by, of the largest logit, where that is more than its dtype makes it."""
+        return None if self.chosen is None else ACTIVATIONS
+
+    @property
+    def exact(self) -> Graph:
+        """What is computed, before any rounding."""
+        return exportable(self.below, codes=False)
+
+    def reference_of(self, adapter: Graph) -> Graph:
+        """What ONNX Runtime is compared with when an adapter is in the slots: the graph of that adapter."""
+        return adapter if self.chosen is None else adapter_reference(adapter, self.chosen.step)
+
 
 def ready(
     graph: Graph, profile: Profile, dtype: torch.dtype, precision: str, codes: bool, four_bit: str,
@@ -77,25 +94,27 @@ def ready(
 
     Raises:
         UnsupportedError: a part of the model has no place in the export.
-        UsageError: integers are to be decided for adapters that are not folded in.
     """
     _require_supported(graph)
     swapped = adapters != apart.MERGE
-    chosen = _quantised(graph, precision, four_bit, adapters) if precision in BITS else None
-    plain = exportable(base_of(graph) if swapped else graph, codes) if chosen is None else _supported(chosen.graph)
+    below = base_of(graph) if swapped else graph
+    chosen = quantised(below, precision, four_bit) if precision in BITS else None
+    plain = exportable(below, codes) if chosen is None else _supported(chosen.graph)
     if profile.package == "genai":
         genai.check(plain)
     if plain.task == seq2seq.TASK and not swapped:
         why = seq2seq.fallbacks(plain) if profile.attention == GQA else {}
-        return Ready(plain, seq2seq.parts(plain), profile, STANDARD, why, chosen, {})
+        return Ready(plain, seq2seq.parts(plain), profile, STANDARD, why, chosen, {}, below)
     final, attention, fallbacks, turned = _final(
         apart.slotted(plain, profile, targets, adapters) if swapped else plain, profile
     )
     if swapped and attention == STANDARD != profile.attention:
         standard = replace(profile, attention=STANDARD)
         final = run.apply(apart.slotted(plain, standard, targets, adapters), make("kv_cache"))
-    record = apart.manifest(final, plain, profile, dtype) if swapped else {}
-    return Ready(plain, {MODEL: final}, profile, attention, fallbacks, chosen, record, turned)
+    record = apart.manifest(final, below, profile, dtype) if swapped else {}
+    if chosen is not None:
+        chosen = chosen.beside({name.rpartition(".")[0] for name in named(final)})
+    return Ready(plain, {MODEL: final}, profile, attention, fallbacks, chosen, record, below, turned)
 
 
 def _final(plain: Graph, profile: Profile) -> tuple[Graph, str, dict[str, list[str]], dict[str, list[str]]]:
@@ -120,13 +139,6 @@ def exportable(graph: Graph, codes: bool = True) -> Graph:
     """
     _require_supported(graph)
     return _supported(with_codes(graph) if codes else finalise(graph))
-
-
-def _quantised(graph: Graph, precision: str, four_bit: str, adapters: str) -> Quantised:
-    if adapters != apart.MERGE:
-        hint = "quantise the base first (surgeon apply --method intq) and export that: its codes are kept"
-        raise UsageError(f"--precision {precision} decides what adapters become", f"--adapters {adapters}", hint)
-    return quantised(graph, precision, four_bit)
 
 
 def _require_supported(graph: Graph) -> None:
