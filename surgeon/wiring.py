@@ -79,7 +79,11 @@ def order(graph: Graph, key: Callable[[str], Any]) -> None:
 
 
 def prune(graph: Graph) -> None:
-    """Drop what no output needs: inputs of layers and of the model, whole layers, and the tensors only those read."""
+    """Drop what no output needs: inputs of layers and of the model, whole layers, and the tensors only those read.
+
+    Tensors that no node reads to begin with stay: adapters beside codes, which an export gives their nodes.
+    """
+    unread = graph.tensors.keys() - _read(graph)
     for shared, paths in graph.groups():
         part, _ = copied(shared)
         part.eliminate_dead_code(is_impure_node=_acts)
@@ -93,12 +97,16 @@ def prune(graph: Graph) -> None:
     _drop_inputs(graph.trunk)
     called = {str(node.target) for node in graph.trunk.nodes if node.op == "call_module"}
     graph.layers = {path: layer for path, layer in graph.layers.items() if path in called}
-    read = {graph.resolve(prefix + str(node.target)) for prefix, node in graph.nodes() if node.op == "get_attr"}
+    read = _read(graph)
     for name, spec in graph.tensors.items():
-        if spec.held is not None and not read.isdisjoint(spec.held.parts.values()):
+        if name in unread if spec.held is None else not read.isdisjoint(spec.held.parts.values()):
             read.add(name)  # no node reads a weight that codes stand for
     graph.tensors = {name: spec for name, spec in graph.tensors.items() if name in read}
     graph.ties = {alias: name for alias, name in graph.ties.items() if name in read}
+
+
+def _read(graph: Graph) -> set[str]:
+    return {graph.resolve(prefix + str(node.target)) for prefix, node in graph.nodes() if node.op == "get_attr"}
 
 
 def _acts(node: fx.Node) -> bool:
