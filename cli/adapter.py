@@ -56,6 +56,7 @@ def summary(made: Compiled) -> dict[str, Any]:
         "max_error": worst.max_error if worst else None,
         "bound": worst.bound if worst else None,
         "because": worst.because if worst else "not verified",
+        "unrounded": max((replay.unrounded for replay in made.replays if replay.unrounded is not None), default=None),
         "token_agreement": min((replay.token_agreement for replay in made.replays), default=None),
         "steps": worst.steps if worst else 0,
     }

@@ -38,6 +38,7 @@ def summary(report: OnnxReport) -> dict[str, Any]:
         "max_error": report.max_error,
         "bound": report.bound,
         "because": replay.because if replay else "not verified",
+        "unrounded": replay.unrounded if replay else None,
         "token_agreement": report.token_agreement,
         "steps": replay.steps if replay else 0,
         "seconds": report.seconds,
@@ -63,6 +64,8 @@ def view(report: OnnxReport) -> RenderableType:
         what = "tokens" if replay.steps else "predictions"
         fields["replayed"] = f"{done} in ONNX Runtime: {replay.token_agreement:.1%} of {what} agree"
         fields["max |Δlogit|"] = f"{replay.max_error:.3g}, may be {replay.bound:.3g} ({replay.because})"
+        if replay.unrounded is not None:
+            fields["max |Δlogit|"] += f"; {replay.unrounded:.3g} where activations are not rounded"
     else:
         fields["replayed"] = "no: --no-verify"
     if "index.html" in report.files:

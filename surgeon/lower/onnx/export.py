@@ -23,21 +23,20 @@ from surgeon.atomic import atomic_folder, check_target
 from surgeon.errors import UsageError, nearest
 from surgeon.graph import Graph
 from surgeon.lower.onnx import adapters as apart
-from surgeon.lower.onnx import beside, genai, seq2seq, slots, web
+from surgeon.lower.onnx import beside, genai, proof, seq2seq, slots, web
 from surgeon.lower.onnx import demo as page
 from surgeon.lower.onnx import once as run_once
-from surgeon.lower.onnx.adapter_file import Loaded, as_loaded
 from surgeon.lower.onnx.bind import COPY, Placed, choose, place
-from surgeon.lower.onnx.check import Replay, replay
+from surgeon.lower.onnx.check import Replay
 from surgeon.lower.onnx.files import files_of, records
 from surgeon.lower.onnx.model import build
-from surgeon.lower.onnx.pair import ENCODER, Pair
+from surgeon.lower.onnx.pair import ENCODER
 from surgeon.lower.onnx.precision import FAST, Linear
 from surgeon.lower.onnx.profiles import DEFAULT, GQA, STANDARD, Profile, find
 from surgeon.lower.onnx.ready import Ready, ready
 from surgeon.lower.onnx.web import Layout, layout
 from surgeon.resident import peak_bytes
-from surgeon.verification import Probe, make_probes
+from surgeon.verification import make_probes
 
 FOUR_BIT = ("standard", "bnb4", "int4")
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.float32, "int4": torch.float32}
@@ -133,7 +132,8 @@ def export_onnx(
             model is the checkpoint's own (see `surgeon.lower.onnx.bind`).
         tokenizer: is written beside the model and makes the probes.
         overwrite: replace an existing folder.
-        verify: replay the probes in ONNX Runtime, within fp32 1e-4, fp16 2e-2, int8 and int4 5e-2 of the largest logit.
+        verify: replay the probes in ONNX Runtime, within fp32 1e-4, fp16 2e-2 of the largest logit; int8 and int4
+            within fp32's where activations are not rounded, and `surgeon.lower.onnx.precision.ACTIVATIONS` as they are.
         adapters: "merge" folds them in; "slots" makes them inputs of the model (see `surgeon.lower.onnx.slots`), and
             those of the graph a file of their own; "stacked" lets every row of a batch choose one of several.
         targets: the linears that have slots.
@@ -167,14 +167,15 @@ def export_onnx(
     with atomic_folder(out, overwrite=overwrite) as folder:
         placed = _saved(models, made, folder, form, note)
         probes = make_probes(made.plain, tokenizer)
-        checked = _replayed(made, [folder / name.model for name in names.values()], probes, dtype) if verify else None
+        written = [folder / name.model for name in names.values()]
+        checked = proof.of_base(made, written, probes, dtype) if verify else None
         if checked is not None:
             checked.require(str(out))
         change = made.chosen.change(made.exact, probes) if made.chosen and verify else None
         if made.record:
             made.record["adapters"] = apart.put(
                 {**apart.own(graph), **(given or {})}, made.record, folder,
-                lambda one, fed: _adapted(made, folder / main.model, probes, dtype, one, fed) if verify else None,
+                lambda one, fed: proof.of_adapter(made, written, probes, dtype, one, fed) if verify else None,
             )  # fmt: skip
         beside.write_configs(made.plain, folder, tokenizer, dtype)
         if made_for.package == "genai":
@@ -219,24 +220,6 @@ def _saved(models: Sequence[tuple[ir.Model, Layout]], made: Ready, folder: Path,
             slots.make_optional(model)
         ir.save(model, folder / names.model)
     return placed
-
-
-def _replayed(made: Ready, files: Sequence[Path], probes: Sequence[Probe], dtype: torch.dtype) -> Replay:
-    """The model without any adapter in its slots, in ONNX Runtime."""
-    if made.plain.task == seq2seq.TASK:
-        encoder, decoder = files
-        pair = Pair.open(encoder, decoder, run_once.pad_of(made.plain))
-        return seq2seq.replay(made.reference, pair, probes, dtype, made.relative)
-    check = run_once.compare if made.once else replay
-    empty: dict[str, Any] = {"given": as_loaded({}, made.record)} if made.record else {}
-    return check(made.reference, files[0], probes, dtype, relative=made.relative, **empty)
-
-
-def _adapted(
-    made: Ready, file: Path, probes: Sequence[Probe], dtype: torch.dtype, adapter: Graph, given: Loaded
-) -> Replay:
-    """The model with an adapter in its slots."""
-    return replay(made.reference_of(adapter), file, probes, dtype, given=given, relative=made.relative)
 
 
 def _also(made: Ready, form: str, change: float | None) -> dict[str, Any]:

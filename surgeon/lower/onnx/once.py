@@ -18,6 +18,7 @@ from surgeon import numbering, positions, virtual
 from surgeon.graph import Graph, copied, sweep, val
 from surgeon.lower.onnx.check import Replay, Replayed, summary, virtual_tokens
 from surgeon.lower.onnx.session import Array, open_session, padded
+from surgeon.lower.onnx.unrounded import open_unrounded
 from surgeon.lower.onnx.verify import told
 from surgeon.stream import StreamingExecutor
 from surgeon.verification import Probe
@@ -73,21 +74,26 @@ def compare(
         dtype: of the exported model; the bound depends on it.
         relative: see `surgeon.lower.onnx.check.replay`.
     """
-    session, reference = open_session(file), StreamingExecutor(graph)
+    sessions = [open_session(file), *([] if relative is None else [open_unrounded(file)])]
+    reference = StreamingExecutor(graph)
     room = (positions.limit(graph) or 10**9) - virtual_tokens(graph)
     rows = [list(probe.ids[: max(2, len(probe.ids) - 4 * number)][:room]) for number, probe in enumerate(probes)]
-    batches = [_one(graph, reference, session, batch) for batch in ([rows[0]], rows)]
+    batches = [_one(graph, reference, sessions, batch) for batch in ([rows[0]], rows)]
     return summary(batches, "output", dtype, relative, 0)
 
 
-def _one(graph: Graph, run: StreamingExecutor, session: Any, rows: list[list[int]]) -> tuple[Replayed, float]:
-    """One batch through both, and the largest output of torch."""
+def _one(
+    graph: Graph, run: StreamingExecutor, sessions: Sequence[Any], rows: list[list[int]]
+) -> tuple[Replayed, float]:
+    """One batch through torch, a session and maybe one that rounds no activations, and the largest output of torch."""
     given = _inputs(graph, rows)
     expected = [value.float().numpy() for value in run(*(torch.from_numpy(given[name]) for name in graph.inputs))]
-    names = [node.name for node in session.get_inputs()]
-    made = session.run(list(graph.outputs), {name: given[name] for name in names})
-    pairs = [(e, f.astype(np.float32)) for e, f in zip(expected, made, strict=True)]
-    error = float(np.max([np.abs(e - f).max() for e, f in pairs]))
+    fed = {node.name: given[node.name] for node in sessions[0].get_inputs()}
+    made = [[value.astype(np.float32) for value in one.run(list(graph.outputs), fed)] for one in sessions]
+    error, *exact_error = (
+        float(np.max([np.abs(e - f).max() for e, f in zip(expected, found, strict=True)])) for found in made
+    )
+    pairs = list(zip(expected, made[0], strict=True))
     scores = [pair for name, pair in zip(graph.outputs, pairs, strict=True) if name.endswith("logits")]
     exact, near = _agreement(scores, error)
     return Replayed(
@@ -96,7 +102,8 @@ def _one(graph: Graph, run: StreamingExecutor, session: Any, rows: list[list[int
         max_error=error,
         token_agreement=near,
         exact_agreement=exact,
-        best_logits=[f.max(-1).ravel().round(6).tolist() for f in told(list(graph.outputs), [f for _, f in pairs])],
+        best_logits=[f.max(-1).ravel().round(6).tolist() for f in told(list(graph.outputs), made[0])],
+        unrounded=next(iter(exact_error), None),
     ), max(float(np.abs(e).max()) for e, _ in pairs)
 
 

@@ -12,8 +12,10 @@ have none there, so in the first call for all of them and then for none.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from surgeon import halves, positions, run, virtual
@@ -64,7 +66,12 @@ def first_tokens(graph: Graph) -> list[int]:
 
 
 def replay(
-    graph: Graph, pair: Pair, probes: Sequence[Probe], dtype: torch.dtype, relative: float | None = None
+    graph: Graph,
+    pair: Pair,
+    probes: Sequence[Probe],
+    dtype: torch.dtype,
+    relative: float | None = None,
+    exact: Pair | None = None,
 ) -> Replay:
     """Encode every probe once, decode greedily, alone and all in one padded batch, and compare all logits.
 
@@ -74,6 +81,7 @@ def replay(
         probes: the encoder's texts; they are shortened to different lengths.
         dtype: of the exported models; the bound depends on it.
         relative: see `surgeon.lower.onnx.check.replay`.
+        exact: where activations are rounded, the same models without that.
     """
     rows = [list(probe.ids[: max(2, len(probe.ids) - 4 * number)]) for number, probe in enumerate(probes)]
     room = _room(graph, max(len(row) for row in rows))
@@ -81,7 +89,7 @@ def replay(
     longest = (positions.limit(graph) or 10**9) - virtual_tokens(graph, "decoder")
     steps = max(1, min(STEPS, longest - len(first)))
     reference = StreamingExecutor(graph)
-    batches = [_one(graph, reference, pair, batch, first, steps) for batch in ([rows[0]], rows)]
+    batches = [_one(graph, reference, (pair, exact), batch, first, steps) for batch in ([rows[0]], rows)]
     return summary(batches, "logit", dtype, relative, steps)
 
 
@@ -97,8 +105,14 @@ def _room(graph: Graph, length: int) -> int:
 
 
 def _one(
-    graph: Graph, reference: StreamingExecutor, pair: Pair, rows: list[list[int]], first: list[int], steps: int
+    graph: Graph,
+    reference: StreamingExecutor,
+    pairs: tuple[Pair, Pair | None],
+    rows: list[list[int]],
+    first: list[int],
+    steps: int,
 ) -> tuple[Replayed, float]:
+    pair, exact = pairs
     ids, found = pair.decode(rows, first, steps)
     target = torch.from_numpy(ids[:, :-1])
     source = padded(rows, pair.pad)
@@ -106,4 +120,8 @@ def _one(
     given |= {halves.IDS: target, halves.MASK: torch.ones_like(target)}
     results = reference(*(given[name] for name in graph.inputs))
     expected: Array = results[graph.outputs.index("logits")].float().numpy()
-    return compared(rows, ids, found, expected, steps)
+    batch, largest = compared(rows, ids, found, expected, steps)
+    if exact is None:
+        return batch, largest
+    again = exact.step(ids[:, :-1], exact.encode(rows))[0]
+    return replace(batch, unrounded=float(np.abs(again - expected).max())), largest

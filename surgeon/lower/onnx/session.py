@@ -31,11 +31,8 @@ def open_session(file: Path) -> onnxruntime.InferenceSession:
     """
     import onnxruntime  # an export that is not replayed does without its memory
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS") or 0)
     try:
-        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(file), options_of(), providers=["CPUExecutionProvider"])
     except Exception as error:  # the binding's own classes, one per status code
         reason = str(error).strip().splitlines()[0]
         raise UnsupportedError(f"ONNX Runtime: {reason}", file.name, "--target hf writes a checkpoint") from error
@@ -46,6 +43,16 @@ def machine() -> dict[str, str]:
     import onnxruntime
 
     return {"onnxruntime": onnxruntime.__version__, "processor": platform.machine()}
+
+
+def options_of() -> onnxruntime.SessionOptions:
+    """What every session is opened with."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS") or 0)
+    return options
 
 
 def left_padded(prompts: list[list[int]]) -> tuple[Array, Array]:

@@ -15,7 +15,7 @@ from torch import fx
 from benchmarks.zoo.folders import folder_of
 from surgeon.checkpoint import Checkpoint
 from surgeon.graph import structure
-from surgeon.lower.onnx import export, model
+from surgeon.lower.onnx import export, model, proof
 from surgeon.lower.onnx.files import FOLDER
 from surgeon.source import open_graph, open_source
 
@@ -47,7 +47,7 @@ def bound(tmp_path_factory: pytest.TempPathFactory) -> Bound:
     graph = open_graph(open_source(snapshot))
     reads: list[str] = []
     before: list[str] = []
-    read, replay = Checkpoint.read, export.replay
+    read, replay = Checkpoint.read, proof.replay
 
     def counted(self: Checkpoint, name: str) -> torch.Tensor:
         reads.append(name)
@@ -59,7 +59,7 @@ def bound(tmp_path_factory: pytest.TempPathFactory) -> Bound:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoint, "read", counted)
-        patch.setattr(export, "replay", replayed)
+        patch.setattr(proof, "replay", replayed)
         return Bound(export.export_onnx(graph, root / "onnx"), snapshot, before)
 
 
