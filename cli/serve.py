@@ -94,7 +94,10 @@ def command(
     import uvicorn
 
     try:
-        uvicorn.run(make_app(server), host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
+        uvicorn.run(
+            make_app(server), host=host, port=port, log_level="warning", timeout_graceful_shutdown=5,
+            timeout_keep_alive=75,  # longer than clients keep theirs: who closes first must not be the server
+        )  # fmt: skip
     finally:
         server.service.engine.stop()
 

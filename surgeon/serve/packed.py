@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -61,7 +62,7 @@ class Packed:
         """(width, number of rows), widest first."""
         return [(width, len(rows)) for width, rows in self.rows.items()]
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Bytes of its numbers, those of its bank left out."""
         learned = [tensor for columns in self.columns.values() for tensor in (columns.k, columns.v)]
