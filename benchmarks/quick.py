@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, HELDOUT = 10, 24
+STEPS, HELDOUT = 6, 12
 """Steps and held-out rows of the comparison of methods."""
 
 
