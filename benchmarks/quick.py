@@ -59,7 +59,7 @@ def plan(out: Path) -> Iterator[str]:
 
 def step(out: Path) -> Iterator[str]:
     """A training step on a random Llama of 102M parameters."""
-    found = run(out, "train_step", "--models", "100m", "--methods", "lora", "--rounds", "3")
+    found = run(out, "train_step", "--models", "100m", "--methods", "lora", "--precisions", "fp32", "--rounds", "3")
     for row in found:
         yield (
             f"LoRA step, 102M, {row['precision']}: {row['time / peft']:.2f} x PEFT's time, "
