@@ -81,7 +81,8 @@ def order(graph: Graph, key: Callable[[str], Any]) -> None:
 def prune(graph: Graph) -> None:
     """Drop what no output needs: inputs of layers and of the model, whole layers, and the tensors only those read.
 
-    Tensors that no node reads to begin with stay: adapters beside codes, which an export gives their nodes.
+    Tensors that no node reads to begin with stay: adapters beside codes, which an export gives their nodes, and weights
+    that codes stand for, as long as their codes are read.
     """
     unread = graph.tensors.keys() - _read(graph)
     for shared, paths in graph.groups():
@@ -97,12 +98,11 @@ def prune(graph: Graph) -> None:
     _drop_inputs(graph.trunk)
     called = {str(node.target) for node in graph.trunk.nodes if node.op == "call_module"}
     graph.layers = {path: layer for path, layer in graph.layers.items() if path in called}
-    read = _read(graph)
-    for name, spec in graph.tensors.items():
-        if name in unread if spec.held is None else not read.isdisjoint(spec.held.parts.values()):
-            read.add(name)  # no node reads a weight that codes stand for
-    graph.tensors = {name: spec for name, spec in graph.tensors.items() if name in read}
-    graph.ties = {alias: name for alias, name in graph.ties.items() if name in read}
+    read, held = _read(graph), {name: spec.held for name, spec in graph.tensors.items() if spec.held is not None}
+    coded = {name for name, holding in held.items() if not read.isdisjoint(holding.parts.values())}
+    kept = read | coded | (unread - held.keys())
+    graph.tensors = {name: spec for name, spec in graph.tensors.items() if name in kept}
+    graph.ties = {alias: name for alias, name in graph.ties.items() if name in kept}
 
 
 def _read(graph: Graph) -> set[str]:

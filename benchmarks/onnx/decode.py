@@ -111,29 +111,36 @@ def compared(folders: dict[str, Path], rounds: int, past: int, steps: int) -> di
         for name, (speed, found) in zip(names, decoded([models[n] for n in names], prompt, steps), strict=True):
             tokens[name] = found
             speeds[name] += [speed] if number >= 0 else []
-    ratios = [ours / theirs for ours, theirs in zip(speeds["surgeon"], speeds["builder"], strict=True)]
-    same = [a == b for a, b in zip(tokens["surgeon"], tokens["builder"], strict=True)]
+    return beside(folders, speeds, tokens)
+
+
+def beside(folders: dict[str, Path], speeds: dict[str, list[float]], tokens: dict[str, list[int]]) -> dict[str, Any]:
+    """Speeds of the rounds, sizes and texts of surgeon's export and of a peer's, as a result."""
+    (peer,) = folders.keys() - {"surgeon"}
+    ratios = [ours / theirs for ours, theirs in zip(speeds["surgeon"], speeds[peer], strict=True)]
+    same = [a == b for a, b in zip(tokens["surgeon"], tokens[peer], strict=True)]
     return {
         "tokens_per_second": {name: statistics.median(found) for name, found in speeds.items()},
         "ratio": statistics.median(ratios),
         "ratios": ratios,
         "bytes": {name: size(folder) for name, folder in folders.items()},
-        "size_ratio": size(folders["surgeon"]) / size(folders["builder"]),
+        "size_ratio": size(folders["surgeon"]) / size(folders[peer]),
         "same_tokens_until": same.index(False) if False in same else len(same),
     }
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The shape of the random model, and how long it decodes."""
+    shape = {"layers": 12, "hidden": 640, "heads": 10, "vocabulary": 8192}
+    for name, value in (shape | {"rounds": 9, "past": 64, "steps": 64}).items():
+        parser.add_argument(f"--{name}", type=int, default=value)
 
 
 def main() -> None:
     """Export, decode, print, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=640)
-    parser.add_argument("--heads", type=int, default=10)
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--past", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=64)
+    add_options(parser)
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     torch.set_num_threads(1)

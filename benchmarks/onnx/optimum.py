@@ -29,7 +29,7 @@ import onnxruntime
 import torch
 
 import surgeon
-from benchmarks.onnx.decode import TURN, random_model, size
+from benchmarks.onnx.decode import TURN, add_options, beside, random_model
 from surgeon.errors import CheckFailed, UsageError
 
 RESULT = Path(__file__).parents[1] / "results" / "onnx_optimum.json"
@@ -140,30 +140,15 @@ def compared(folders: dict[str, Path], rounds: int, past: int, steps: int) -> di
         names = sorted(decoders, reverse=number % 2 == 1)
         for name, speed in in_turns(decoders, names, prompt, steps).items():
             speeds[name] += [speed] if number >= 0 else []
-    ratios = [ours / theirs for ours, theirs in zip(speeds["surgeon"], speeds["optimum"], strict=True)]
-    same = [a == b for a, b in zip(decoders["surgeon"].tokens, decoders["optimum"].tokens, strict=True)]
-    return {
-        "tokens_per_second": {name: statistics.median(found) for name, found in speeds.items()},
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
-        "bytes": {name: size(folder) for name, folder in folders.items()},
-        "size_ratio": size(folders["surgeon"]) / size(folders["optimum"]),
-        "logit_difference": apart,
-        "same_tokens_until": same.index(False) if False in same else len(same),
-    }
+    tokens = {name: decoder.tokens for name, decoder in decoders.items()}
+    return {**beside(folders, speeds, tokens), "logit_difference": apart}
 
 
 def main() -> None:
     """Export, decode, print, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--optimum", type=Path, required=True, help="an interpreter that has optimum-onnx")
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=640)
-    parser.add_argument("--heads", type=int, default=10)
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--past", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=64)
+    add_options(parser)
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     torch.set_num_threads(1)

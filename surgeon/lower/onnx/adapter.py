@@ -16,7 +16,8 @@ from surgeon.lower.onnx import adapter_file, adapter_stack
 from surgeon.lower.onnx.adapter_slots import compiled
 from surgeon.lower.onnx.adapters import arrays, read
 from surgeon.lower.onnx.check import Replay, replay
-from surgeon.lower.onnx.precision import ACTIVATIONS, BITS, adapter_reference
+from surgeon.lower.onnx.effective import adapted
+from surgeon.lower.onnx.precision import ACTIVATIONS, BITS
 from surgeon.passes import parse
 from surgeon.passes.base import Adapter
 from surgeon.passes.intq import IntQ
@@ -113,6 +114,6 @@ def _replayed(graph: Graph, export: Path, given: adapter_file.Loaded, record: di
         raise SurgeonError("the export has no model", str(file), "export it again, or --no-verify")
     probes = make_probes(graph, api.tokenizer_of(export))
     step = parse(record["quantised"]["codes"]) if record.get("quantised", {}).get("codes") else None
-    reference = adapter_reference(graph, step if isinstance(step, IntQ) else None)
+    reference = adapted(graph, step if isinstance(step, IntQ) else None)
     relative = ACTIVATIONS if record["precision"] in BITS else None
     return replay(reference, file, probes, getattr(torch, record["slots"]["dtype"]), given=given, relative=relative)

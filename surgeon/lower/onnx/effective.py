@@ -103,16 +103,18 @@ def merged(graph: Graph) -> Graph:
     return untied(finalise(graph if folds(graph) else decoded(graph)))
 
 
-def adapted(graph: Graph, step: IntQ) -> Graph:
-    """An adapter as it stands in the slots of an export whose base is in codes, for torch.
+def adapted(graph: Graph, step: IntQ | None) -> Graph:
+    """An adapter as it stands in the slots of an export, for torch.
 
     What it computes of the base (the norms of a DoRA, the keys of a prompt) it computes of the base that it was trained
     over, as in `surgeon.lower.onnx.adapter_slots.compiled`: one file fits the export of every precision.
 
     Args:
         graph: the base with its adapters, with values.
-        step: what made the export's codes of the base.
+        step: what made the export's codes of the base; None where they are its own, or none.
     """
+    if step is None:
+        return graph
     kept = as_columns(finalise(graph, lambda kept: kept))
     found = Effective(kept, merged(kept), step)
     return found.reference({s.weight: SIDE if s.weight in found.groups else "quantise" for s in found.sites})

@@ -27,7 +27,7 @@ from surgeon.graph import Graph, TensorSpec
 from surgeon.hold import holders
 from surgeon.lower.onnx.codes import SIDE as BESIDE
 from surgeon.lower.onnx.codes import with_codes
-from surgeon.lower.onnx.effective import SIDE, Effective, adapted, merged
+from surgeon.lower.onnx.effective import SIDE, Effective, merged
 from surgeon.lower.onnx.overlay import Overlay
 from surgeon.lower.saved import relative_error
 from surgeon.normal import Normal
@@ -235,11 +235,6 @@ def _group(graph: Graph) -> int:
     inputs = [site.inp for site in sites(graph, LINEAR)]
     fitting = {size: sum(inp % size == 0 for inp in inputs) for size in GROUPS}
     return max(GROUPS, key=lambda size: (fitting[size] > len(inputs) / 2, size))
-
-
-def adapter_reference(graph: Graph, step: IntQ | None) -> Graph:
-    """What an adapter in the slots of an export is compared with, see `surgeon.lower.onnx.effective.adapted`."""
-    return graph if step is None else adapted(graph, step)
 
 
 def _relative(found: torch.Tensor, exact: torch.Tensor) -> float:

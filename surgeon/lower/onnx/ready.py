@@ -17,7 +17,8 @@ from surgeon.lower.onnx import genai, gqa, seq2seq
 from surgeon.lower.onnx import once as run_once
 from surgeon.lower.onnx.adapter_slots import base_of
 from surgeon.lower.onnx.codes import with_codes
-from surgeon.lower.onnx.precision import ACTIVATIONS, BITS, Quantised, adapter_reference, quantised
+from surgeon.lower.onnx.effective import adapted
+from surgeon.lower.onnx.precision import ACTIVATIONS, BITS, Quantised, quantised
 from surgeon.lower.onnx.profiles import GQA, STANDARD, Profile
 from surgeon.lower.onnx.slots import Slots, named
 from surgeon.lower.virtual_columns import as_columns
@@ -83,7 +84,7 @@ class Ready:
 
     def reference_of(self, adapter: Graph) -> Graph:
         """What ONNX Runtime is compared with when an adapter is in the slots: the graph of that adapter."""
-        return adapter if self.chosen is None else adapter_reference(adapter, self.chosen.step)
+        return adapted(adapter, self.chosen.step if self.chosen else None)
 
 
 def ready(

@@ -17,11 +17,19 @@ EXACT = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
 """OpenVINO's default precision on CPUs with half-precision arithmetic is off by 3e-3."""
 
 
-def by_genai(model: onnxruntime_genai.Model, prompt: list[int], steps: int) -> list[int]:
-    """What ONNX Runtime GenAI generates, the end of the text being no end."""
+def by_genai(
+    model: onnxruntime_genai.Model,
+    prompt: list[int],
+    steps: int,
+    adapters: onnxruntime_genai.Adapters | None = None,
+    name: str = "",
+) -> list[int]:
+    """What ONNX Runtime GenAI generates, the end of the text being no end, with the adapter of that name."""
     params = onnxruntime_genai.GeneratorParams(model)
     params.set_search_options(max_length=len(prompt) + steps, min_length=len(prompt) + steps)
     generator = onnxruntime_genai.Generator(model, params)
+    if name:
+        generator.set_active_adapter(adapters, name)
     generator.append_tokens(prompt)
     while not generator.is_done():
         generator.generate_next_token()

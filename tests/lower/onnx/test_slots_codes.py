@@ -20,16 +20,16 @@ from benchmarks.zoo.oracles import nudged
 def test_the_adapter_of_a_quantised_base_is_swapped(method: str, operator: str, tmp_path: Path) -> None:
     """A QA-LoRA's groups are rows of lora_A that are equal."""
     options = {"group": 16} if method == "qa-lora" else {}
-    nudged(surgeon.apply(folder_of("llama"), method, **{**options, "rank": 2}), 0.05).save(tmp_path / "work")
+    nudged(surgeon.apply(folder_of("llama"), method, **{**options, "rank": 2}), 0.05).save(tmp_path / "tuned")
     out = tmp_path / "onnx"
-    report = surgeon.export(tmp_path / "work", out, four_bit="bnb4", adapters="slots")
+    report = surgeon.export(tmp_path / "tuned", out, four_bit="bnb4", adapters="slots")
     assert report.token_agreement == 1
     record = json.loads((out / "surgeon.json").read_text())
     (adapter,) = record["adapters"]
-    assert (adapter["file"], adapter["verified"]["token_agreement"]) == ("adapters/work.onnx_adapter", 1.0)
+    assert (adapter["file"], adapter["verified"]["token_agreement"]) == ("adapters/tuned.onnx_adapter", 1.0)
     assert record["base"]["codes"] != []
     base, own = (entry["verified"]["batches"][0]["best_logits"] for entry in (record, adapter))
     assert base != own
     model = ir.load(out / "model.onnx")
-    linears = len([name for name in surgeon.load(tmp_path / "work").graph.tensors if name.endswith(".codes")])
+    linears = len([name for name in surgeon.load(tmp_path / "tuned").graph.tensors if name.endswith(".codes")])
     assert [node.op_type for node in model.graph].count(operator) == linears

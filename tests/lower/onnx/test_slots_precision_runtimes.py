@@ -14,6 +14,7 @@ from benchmarks.zoo.folders import base_of
 from surgeon.graph import Graph
 from surgeon.lower.onnx import adapter_file, adapter_slots, adapter_stack, adapters, export
 from surgeon.lower.onnx.unrounded import open_unrounded
+from tests.lower.onnx.runtimes import by_genai
 from tests.lower.onnx.test_adapter_file import expected_of, prompt
 from tests.lower.onnx.test_slots import decoded
 from tests.lower.onnx.test_slots_precision import ERROR, STEPS, adapted, agreed, in_codes
@@ -88,15 +89,8 @@ def test_genai_swaps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     known.load(str(file), "dora")
     texts = []
     for name, graph in (("", base_of("llama")[1]), ("dora", dora())):
-        options: Any = og.GeneratorParams(model)
-        options.set_search_options(max_length=prompt().shape[1] + STEPS, min_length=prompt().shape[1] + STEPS)
-        generator: Any = og.Generator(model, options)
-        if name:
-            generator.set_active_adapter(known, name)
-        generator.append_tokens(prompt().astype(np.int32))
-        while not generator.is_done():
-            generator.generate_next_token()
-        ids = np.array(generator.get_sequence(0), np.int64)[None]
+        given = prompt()[0].tolist()
+        ids = np.array([given + by_genai(model, given, STEPS, known, name)])
         expected = expected_of(in_codes(graph, record), ids)[0, prompt().shape[1] - 1 : -1]
         assert expected.argmax(-1).tolist() == ids[0, prompt().shape[1] :].tolist()
         texts.append(ids.tolist())
