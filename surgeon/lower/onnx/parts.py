@@ -23,6 +23,7 @@ from surgeon.errors import UnsupportedError
 from surgeon.graph import INPUT, MODEL_DEVICE, MODEL_DTYPE, Graph, copied, sweep
 from surgeon.lower.onnx import norms
 from surgeon.lower.onnx.codes import Form, place
+from surgeon.lower.onnx.registry import read_once
 from surgeon.lower.onnx.standard import linear, standardise
 
 aten = torch.ops.aten
@@ -214,7 +215,7 @@ def lower_part(part: fx.Graph, first: tuple[Any, ...], second: tuple[Any, ...], 
     shapes = tuple(dynamic(a, b) for a, b in zip(first, second, strict=True))
     module = fx.GraphModule(torch.nn.Module(), part)
     try:
-        with silence(), torch.no_grad():
+        with silence(), read_once(), torch.no_grad():
             program = torch.export.export(module, tuple(map(_alone, first)), dynamic_shapes=shapes)
             made = torch.onnx.export(program, (), input_names=names, opset_version=opset, verbose=False)
     except Exception as error:  # both exporters raise every kind of exception for what they cannot do
