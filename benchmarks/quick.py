@@ -1,24 +1,28 @@
 """The numbers of the README's first screen, measured here in at most ten minutes: `make bench-quick`.
 
 Each line is a shortened run of the benchmark named beside it; the full runs and their results are in
-`benchmarks/results`. Ratios are against a peer measured in the same run on this machine.
+`benchmarks/results`. Ratios are against a peer measured in the same run on this machine. What is not a time runs in two
+lanes of one thread each; the training step and the merge are alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, HELDOUT = 6, 12
-"""Steps and held-out rows of the comparison of methods."""
+STEPS, ROWS, HELDOUT = 6, 64, 12
+"""Steps, rows of training and of held-out data of the comparison of methods."""
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def run(out: Path, module: str, *options: str) -> Any:
@@ -33,7 +37,7 @@ def run(out: Path, module: str, *options: str) -> Any:
 def told(*arguments: str) -> str:
     """What a command of surgeon prints."""
     command = [sys.executable, "-m", "surgeon", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=ONE_THREAD)
     if done.returncode:
         raise SystemExit(f"surgeon {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
     return done.stdout
@@ -81,23 +85,34 @@ def merge(out: Path) -> Iterator[str]:
     )
 
 
-def methods(out: Path) -> Iterator[str]:
-    """The README's two tables of methods, over a few steps; needs the repository's surroundings (../shared)."""
+def llama(out: Path) -> Iterator[str]:
+    """The README's table of methods on the shared Llama."""
+    return methods("llama", out)
+
+
+def minilm(out: Path) -> Iterator[str]:
+    """The same on MiniLM."""
+    return methods("minilm", out)
+
+
+def methods(name: str, out: Path) -> Iterator[str]:
+    """A table of methods over a few steps; needs the repository's surroundings (../shared)."""
     from benchmarks import compared, docs_methods, domain
 
     if not domain.BASE.is_dir():
-        yield "methods: ../shared is not here, see benchmarks/results/compare_llama.json"
+        yield f"methods: ../shared is not here, see benchmarks/results/compare_{name}.json"
         return
-    for side in compared.sides(out.parent):
-        folder = out.parent / side.name
-        rates(json.loads((compared.RESULTS / f"compare_{side.name}.json").read_text()), folder)
-        few = dataclasses.replace(side, heldout=sample(side.heldout, out.parent / f"{side.name}.few.jsonl"))
-        ran = subprocess.run(few.command(out.parent, STEPS, 1), capture_output=True, text=True, check=False)
-        if ran.returncode:
-            raise SystemExit(f"the comparison on {side.title} failed:\n{ran.stderr[-2000:]}")
-        found = json.loads((folder / "compare.json").read_text())
-        yield f"{side.title}, {STEPS} steps, one seed, {HELDOUT} held-out rows, {found['base']['loss']:.3f} before:"
-        yield docs_methods.overview(found)
+    folder = out.parent / name
+    side = next(side for side in compared.sides(out.parent) if side.name == name)
+    rates(json.loads((compared.RESULTS / f"compare_{name}.json").read_text()), folder)
+    data, heldout = sample(side.data, ROWS, folder), sample(side.heldout, HELDOUT, folder)
+    command = dataclasses.replace(side, data=data, heldout=heldout).command(out.parent, STEPS, 1)
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=ONE_THREAD)
+    if ran.returncode:
+        raise SystemExit(f"the comparison on {side.title} failed:\n{ran.stderr[-2000:]}")
+    found = json.loads((folder / "compare.json").read_text())
+    yield f"{side.title}, {STEPS} steps, one seed, {HELDOUT} held-out rows, {found['base']['loss']:.3f} before:"
+    yield docs_methods.overview(found)
 
 
 def rates(known: dict[str, Any], folder: Path) -> None:
@@ -108,24 +123,33 @@ def rates(known: dict[str, Any], folder: Path) -> None:
         Results(folder).write(Run(SEARCH, row["method"]), {"lr": row["lr"]})
 
 
-def sample(file: Path, out: Path) -> Path:
-    """`HELDOUT` rows from all of a file."""
-    rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    out.write_text("".join(rows[place * len(rows) // HELDOUT] for place in range(HELDOUT)), encoding="utf-8")
+def sample(file: Path, count: int, folder: Path) -> Path:
+    """Rows from all of a file."""
+    rows, out = file.read_text(encoding="utf-8").splitlines(keepends=True), folder / f"few.{file.name}"
+    out.write_text("".join(rows[place * len(rows) // count] for place in range(count)), encoding="utf-8")
     return out
 
 
-PARTS: tuple[Callable[[Path], Iterator[str]], ...] = (demo, plan, step, merge, methods)
+Part = Callable[[Path], Iterator[str]]
+LANES: tuple[tuple[Part, ...], ...] = ((llama,), (demo, plan, minilm))
+ALONE: tuple[Part, ...] = (step, merge)
 
 
 def main() -> None:
     """Run every part and print its lines as they come."""
     began = time.perf_counter()
+
+    def each(parts: Sequence[Part]) -> None:
+        for part in parts:
+            lines = list(part(Path(folder) / f"{part.__name__}.json"))
+            lines.append(f"  {time.perf_counter() - began:.0f} s so far")
+            print("\n".join(lines), flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
-        for part in PARTS:
-            for line in part(Path(folder) / f"{part.__name__}.json"):
-                print(line, flush=True)
-            print(f"  {time.perf_counter() - began:.0f} s so far", flush=True)
+        with ThreadPoolExecutor(len(LANES)) as lanes:
+            for done in [lanes.submit(each, parts) for parts in LANES]:
+                done.result()
+        each(ALONE)
 
 
 if __name__ == "__main__":

@@ -136,9 +136,13 @@ def _begun(
 
 def affordable(base: Mapping[str, Any], methods: int, seeds: int, peers: bool, budget: float) -> int:
     """Steps of a run for which all runs take about `budget` seconds, as the base's own run was measured."""
-    finals = methods * seeds * (2 if peers else 1)
-    around = (finals + methods) * (base["startup_seconds"] + base["evaluation_seconds"])
+    from surgeon.compare.schedule import PACES, ROUNDS
+
+    sides = 2 if peers else 1
+    finals = methods * seeds * sides
+    around = (finals + 2 * methods) * base["startup_seconds"] + (finals + methods) * base["evaluation_seconds"]
     around += methods * 5 * base["evaluation_seconds"]  # of the rates that are searched, and when deployed
+    around += methods * sides * ROUNDS * PACES * base["seconds_per_step"]
     per_step = base["seconds_per_step"] * (finals + 3 * methods)  # a search: four quarters of a run, and two whole ones
     return int(max(LEAST, min(MOST, (budget - around) / per_step)))
 
@@ -225,7 +229,7 @@ class _Shown:
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
         self.terminal = output.console().is_terminal
         self.progress = Progress(*columns, console=output.console(), transient=True, disable=not self.terminal)
-        self.task = self.progress.add_task("", total=methods * (1 + seeds * (2 if peers else 1)))
+        self.task = self.progress.add_task("", total=methods * (2 + seeds * (2 if peers else 1)))
 
     def __enter__(self) -> _Shown:
         self.progress.start()
@@ -246,6 +250,7 @@ class _Shown:
         if "failed" in result:
             output.say(f"{run.key}: {result['failed']}")
         else:
-            output.say(
-                f"{run.key}: lr {result['lr']:.3g}" + (f", loss {result['loss']:.4f}" if "loss" in result else "")
-            )
+            told = [f"lr {result['lr']:.3g}"]
+            told += [f"loss {result['loss']:.4f}"] if "loss" in result else []
+            told += [f"{1000 * result['seconds_per_step']:.0f} ms a step"] if "seconds_per_step" in result else []
+            output.say(f"{run.key}: {', '.join(told)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from surgeon import api, run, store
 from surgeon.compare.onnx_loss import Exported
-from surgeon.errors import SurgeonError, UnsupportedError
+from surgeon.errors import SurgeonError
 from surgeon.evaluate import evaluate
 from surgeon.graph import Graph
 from surgeon.lower.merge import merge
@@ -45,9 +46,10 @@ def _numbers(files: list[Path]) -> int:
 
 def losses(graph: Graph, tokenizer: Any, held: Data, place: Path, *, onnx: bool) -> Found:
     """The held-out loss by the way the model is deployed."""
+    merged = functools.cache(lambda: _merged(graph, tokenizer, place / "merged"))
     ways: dict[str, Callable[[], float]] = {
-        "merged": lambda: _merged(graph, tokenizer, held, place / "merged"),
-        "4bit": lambda: _in_codes(graph, tokenizer, held, place / "merged"),
+        "merged": lambda: _loss(merged(), tokenizer, held),
+        "4bit": lambda: _loss(run.apply(merged(), make("nf4")), tokenizer, held),
     }
     if onnx:
         ways["onnx"] = lambda: _exported(graph, tokenizer, held, place / "onnx")
@@ -60,17 +62,10 @@ def losses(graph: Graph, tokenizer: Any, held: Data, place: Path, *, onnx: bool)
     return found
 
 
-def _merged(graph: Graph, tokenizer: Any, held: Data, folder: Path) -> float:
-    """Through the files of a merged checkpoint, and of what lies beside it."""
+def _merged(graph: Graph, tokenizer: Any, folder: Path) -> Graph:
+    """What is read from the files of a merged checkpoint, and of what lies beside it."""
     merge(graph, api.base_of(graph), folder, tokenizer=tokenizer, verify=False)
-    return _loss(api.read(folder, graph.task), tokenizer, held)
-
-
-def _in_codes(graph: Graph, tokenizer: Any, held: Data, folder: Path) -> float:
-    """The merged checkpoint with every linear in NF4."""
-    if not folder.is_dir():
-        raise UnsupportedError("it does not merge", graph.source)
-    return _loss(run.apply(api.read(folder, graph.task), make("nf4")), tokenizer, held)
+    return api.read(folder, graph.task)
 
 
 def _exported(graph: Graph, tokenizer: Any, held: Data, folder: Path) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -19,10 +20,10 @@ from surgeon import api, labels, run
 from surgeon.compare import lowered, peers
 from surgeon.compare.contenders import FULL, HEAD, Contender
 from surgeon.compare.memory import Peak
-from surgeon.compare.schedule import BASE, FOUND, PEFT, SEARCH, WORDS, Run
+from surgeon.compare.schedule import BASE, BESIDE, FOUND, PACE, PACES, PEFT, ROUNDS, SEARCH, SURGEON, WORDS, Run
 from surgeon.compare.search import search
 from surgeon.compare.settings import Settings, checked_data, validation_of
-from surgeon.errors import SurgeonError
+from surgeon.errors import SurgeonError, UnsupportedError
 from surgeon.evaluate import evaluate
 from surgeon.graph import Graph
 from surgeon.heads import head_modules
@@ -74,6 +75,8 @@ class One:
                 return self._base(Path(place))
             if self.run.kind == SEARCH:
                 return self._search(Path(place))
+            if self.run.kind in (PACE, BESIDE):
+                return self._pace(Path(place))
             return self._trained(Path(place))
 
     def _base(self, place: Path) -> Result:
@@ -125,11 +128,8 @@ class One:
             del ours
         else:
             model, hooks = ours, []
-        times = Times()
         self.peak.begin()
-        report = self._train(
-            model, samples, place / "run", steps=self.settings.steps, lr=self.lr, hooks=[*hooks, times]
-        )
+        report = self._train(model, samples, place / "run", steps=self.settings.steps, lr=self.lr, hooks=hooks)
         memory = self.peak.bytes()
         judged = peers.OfTokens(model) if self.run.kind == PEFT else model
         found = evaluate(judged, self.tokenizer, held)
@@ -139,10 +139,31 @@ class One:
             "lr": self.lr,
             "train_loss": report.loss,
             "trained": report.trainable_parameters,
-            "seconds_per_step": times.median(),
             "memory_bytes": memory,
         }
         return result if self.run.kind == PEFT else {**result, **self._finished(model, held, place)}
+
+    def _pace(self, place: Path) -> Result:
+        """How long a step takes: in every round the first few of a run, PEFT's and ours in turn where it has them."""
+        sides = {SURGEON: self._model(place / "ours")}
+        graph = sides[SURGEON][0].graph
+        if self.run.kind == BESIDE and not peers.why_not(graph):
+            with contextlib.suppress(UnsupportedError):
+                sides[PEFT] = peers.build(graph, place, self.settings.steps)
+        samples = self._samples(sides[SURGEON][0], self.rows)
+        taken: dict[str, list[float]] = {side: [] for side in sides}
+        for turn in range(max(1, min(ROUNDS, self.settings.steps // PACES))):
+            for side in sides if turn % 2 == 0 else reversed(sides):
+                times, (model, hooks) = Times(PACES), sides[side]
+                out, steps = Path(tempfile.mkdtemp(dir=place)), self.settings.steps
+                with contextlib.suppress(Enough):
+                    self._train(model, samples, out, steps=steps, lr=self.lr, hooks=[*hooks, times])
+                taken[side].append(times.median())
+        found = {"lr": self.lr, "seconds_per_step": statistics.median(taken[SURGEON])}
+        if PEFT in taken:
+            ratios = [ours / theirs for ours, theirs in zip(*taken.values(), strict=True)]
+            found["time_ratio"] = statistics.median(ratios)
+        return found
 
     def _finished(self, model: Any, held: Data, place: Path) -> Result:
         """Sizes on disk; for the first seed the graph's diff and the loss after each way of deploying it."""
@@ -171,11 +192,15 @@ class One:
         )  # fmt: skip
 
 
-class Times(Hook):
-    """The seconds from the begin of a step to its end."""
+class Enough(Exception):
+    """A run has made the steps that were to be timed."""
 
-    def __init__(self) -> None:
-        self.began, self.found = 0.0, list[float]()
+
+class Times(Hook):
+    """The seconds from the begin of a step to its end; the run ends after `most` of them, by Enough."""
+
+    def __init__(self, most: int = 0) -> None:
+        self.began, self.most, self.found = 0.0, most, list[float]()
 
     def before_step(self, model: nn.Module, step: int, total: int) -> None:
         """Start."""
@@ -184,6 +209,8 @@ class Times(Hook):
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
         """Stop."""
         self.found.append(time.perf_counter() - self.began)
+        if len(self.found) == self.most:
+            raise Enough
 
     def median(self) -> float:
         """Without the first step, which compiles."""

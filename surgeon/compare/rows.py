@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgeon.compare.contenders import Contender
-from surgeon.compare.schedule import PEFT, SEARCH, SURGEON, Result, Results, Run
+from surgeon.compare.schedule import BESIDE, PACE, PEFT, SEARCH, SURGEON, Result, Results, Run
 
 AFTER = ("merged", "4bit", "onnx")
 
@@ -30,7 +30,7 @@ class Spread:
 class Peer:
     """The same runs through PEFT: its loss reduction, and surgeon's share of its reduction, step time and memory.
 
-    Times and memory are compared seed by seed, a pair of runs after each other; the median pair counts.
+    Times are of steps taken in turn; memory is compared seed by seed. The median pair counts.
     """
 
     reduction: Spread
@@ -51,7 +51,7 @@ class Row:
         trained: parameters that training changed.
         stored: numbers in its file.
         checkpoint_bytes: of that file.
-        seconds_per_step: median of a run, mean over seeds.
+        seconds_per_step: median of steps that are timed apart from the runs.
         memory_bytes: the peak in training above the process without a model.
         loss: on the held-out data.
         reduction: the fall of that loss from the base's.
@@ -91,16 +91,17 @@ def rows(
     for one in contenders:
         search = results.read(Run(SEARCH, one.name)) or {}
         own = [result for seed in range(seeds) if (result := results.read(Run(SURGEON, one.name, (), seed)))]
-        bad = next((str(result["failed"]) for result in (search, *own) if "failed" in result), "")
+        pace = next(filter(None, (results.read(Run(kind, one.name)) for kind in (BESIDE, PACE))), {})
+        bad = next((str(result["failed"]) for result in (search, *own, pace) if "failed" in result), "")
         if bad:
             failed[one.name] = bad
         elif own:
             peers = [result for seed in range(seeds) if (result := results.read(Run(PEFT, one.name, (), seed)))]
-            found.append(_row(one, base, own, peers))
+            found.append(_row(one, base, own, peers, pace))
     return sorted(found, key=lambda row: row.loss.mean), failed
 
 
-def _row(one: Contender, base: Result, own: Sequence[Result], peers: Sequence[Result]) -> Row:
+def _row(one: Contender, base: Result, own: Sequence[Result], peers: Sequence[Result], pace: Result) -> Row:
     first = own[0]
     why = next((str(result["failed"]) for result in peers if "failed" in result), "")
     accuracies = [result["accuracy"] for result in own if "accuracy" in result]
@@ -112,7 +113,7 @@ def _row(one: Contender, base: Result, own: Sequence[Result], peers: Sequence[Re
         trained=first["trained"],
         stored=first["stored"],
         checkpoint_bytes=first["checkpoint_bytes"],
-        seconds_per_step=statistics.mean(result["seconds_per_step"] for result in own),
+        seconds_per_step=pace["seconds_per_step"],
         memory_bytes=statistics.mean(result["memory_bytes"] for result in own),
         loss=Spread.of([result["loss"] for result in own]),
         reduction=Spread.of([base["loss"] - result["loss"] for result in own]),
@@ -120,21 +121,21 @@ def _row(one: Contender, base: Result, own: Sequence[Result], peers: Sequence[Re
         first_loss=first["loss"],
         after=first.get("after", {}),
         diff=first.get("diff", ""),
-        peer=_peer(base, own, peers) if peers and not why else None,
+        peer=_peer(base, own, peers, pace) if peers and not why else None,
         without_peer=why,
     )
 
 
-def _peer(base: Result, own: Sequence[Result], peers: Sequence[Result]) -> Peer:
+def _peer(base: Result, own: Sequence[Result], peers: Sequence[Result], pace: Result) -> Peer:
     count = min(len(own), len(peers))
     falls = [base["loss"] - result["loss"] for result in peers[:count]]
     ours = statistics.mean(base["loss"] - result["loss"] for result in own[:count])
-    time, memory = (_ratio(own, peers, name) for name in ("seconds_per_step", "memory_bytes"))
+    pairs = [(mine["memory_bytes"], theirs["memory_bytes"]) for mine, theirs in zip(own, peers, strict=False)]
+    memory = [mine / theirs for mine, theirs in pairs if theirs]
     fall = statistics.mean(falls)
-    return Peer(Spread.of(falls), ours / fall if fall else 0.0, time or 0.0, memory)
-
-
-def _ratio(own: Sequence[Result], peers: Sequence[Result], name: str) -> float | None:
-    """The median over seeds of what one side measured by what the other did; None where that is nothing."""
-    ratios = [mine[name] / theirs[name] for mine, theirs in zip(own, peers, strict=False) if theirs[name]]
-    return statistics.median(ratios) if ratios else None
+    return Peer(
+        reduction=Spread.of(falls),
+        reduction_ratio=ours / fall if fall else 0.0,
+        time_ratio=pace["time_ratio"],
+        memory_ratio=statistics.median(memory) if memory else None,
+    )

@@ -21,7 +21,9 @@ from surgeon.compare.contenders import CONTENDERS, Contender
 from surgeon.compare.settings import Settings
 from surgeon.errors import SurgeonError, UsageError
 
-BASE, SEARCH, SURGEON, PEFT = "base", "search", "surgeon", "peft"
+BASE, SEARCH, SURGEON, PEFT, PACE, BESIDE = "base", "search", "surgeon", "peft", "pace", "pace-beside-peft"
+ROUNDS, PACES = 5, 4
+"""Rounds of the steps that are timed, and steps of a side in each, of which the first is not counted."""
 RESULTS = "runs"
 FOUND, WORDS = "found.json", "words.txt"
 """What a run's process leaves: its result, and what it said."""
@@ -34,7 +36,8 @@ class Run:
     """One process.
 
     Attributes:
-        kind: "base" measures the model as it is, "search" tries a method's learning rates, "surgeon" and "peft" train.
+        kind: "base" measures the model as it is, "search" tries a method's learning rates, "surgeon" and "peft" train,
+            "pace" and "pace-beside-peft" time steps, of PEFT's model in turn with surgeon's.
         method: name of the contender.
         options: of it, fitted to the model.
         seed: of first values, order and dropout.
@@ -66,6 +69,7 @@ def runs(contenders: Sequence[Contender], seeds: int, peers: bool) -> Iterator[R
             yield Run(SURGEON, one.name, tuple(one.options.items()), seed)
             if peers and not one.wide:
                 yield Run(PEFT, one.name, tuple(one.options.items()), seed)
+        yield Run(BESIDE if peers and not one.wide else PACE, one.name, tuple(one.options.items()))
 
 
 class Results:
@@ -130,7 +134,9 @@ def carry_out(
     for run in wanted:
         lr = 0.0 if run.kind in (BASE, SEARCH) else results.lr(run)
         known = results.read(run)
-        result = known = None if known and lr and known.get("lr", lr) != lr else known
+        if known is not None and lr and known.get("lr", lr) != lr:
+            known = None
+        result = known
         if result is None and run.method in failed and run.kind != SEARCH:
             continue
         if result is None:

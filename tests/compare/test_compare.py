@@ -20,7 +20,7 @@ from surgeon.cli.main import main
 from surgeon.compare import rows as table
 from surgeon.compare import schedule, settings
 from surgeon.compare.contenders import CONTENDERS, FULL, HEAD, chosen, fitted
-from surgeon.compare.schedule import PEFT, SEARCH, SURGEON, Results, Run
+from surgeon.compare.schedule import BESIDE, PACE, PEFT, SEARCH, SURGEON, Results, Run
 from surgeon.errors import SurgeonError, UsageError
 
 BASE = {"loss": 3.0, "parameters": 1000, "seconds_per_step": 0.5, "evaluation_seconds": 2.0, "startup_seconds": 8.0}
@@ -32,10 +32,13 @@ def found(run: Run) -> dict[str, Any]:
     """What a run might have found."""
     if run.kind == SEARCH:
         return {"lr": 1e-3, "tried": {"0.001": 2.5}}
+    if run.kind in (PACE, BESIDE):
+        beside = {"time_ratio": 0.5} if run.kind == BESIDE else {}
+        return {"lr": 1e-3, "seconds_per_step": 0.2, **beside}
     loss = 2.0 + 0.1 * run.seed + 0.3 * NAMES.index(run.method)
-    result = {"loss": loss, "lr": 1e-3, "trained": 100, "seconds_per_step": 0.2, "memory_bytes": 10**7}
+    result = {"loss": loss, "lr": 1e-3, "trained": 100, "memory_bytes": 10**7}
     if run.kind == PEFT:
-        return {**result, "loss": loss + 0.5, "seconds_per_step": 0.4}
+        return {**result, "loss": loss + 0.5}
     after = {"merged": loss, "4bit": loss + 0.1, "onnx": "no <form>"}
     diff = "--- before\n+++ after\n@@ layer\n+ <new>\n" if not run.seed else ""
     return {**result, "stored": 100, "checkpoint_bytes": 400, "after": after, "diff": diff}
@@ -78,7 +81,7 @@ def test_ranks_are_halved_until_a_layer_can_have_them() -> None:
 def test_what_was_killed_goes_on_and_gives_the_same_table(tmp_path: Path, processes: list[str]) -> None:
     contenders = chosen(NAMES)
     runs = list(schedule.runs(contenders, 2, peers=True))
-    assert len(runs) == 3 * (1 + 2) + 2 * 2
+    assert len(runs) == 3 * (1 + 2 + 1) + 2 * 2
 
     def carry(wanted: list[Run]) -> None:
         schedule.carry_out(SETTINGS, wanted, Results(tmp_path), lambda *_: None, lambda _: None)
@@ -120,7 +123,7 @@ def test_a_method_that_fails_is_listed_and_not_trained(tmp_path: Path, monkeypat
     schedule.carry_out(
         SETTINGS, list(schedule.runs(contenders, 1, peers=False)), Results(tmp_path), lambda *_: None, lambda _: None
     )
-    assert begun == ["lora-search", "prompt-search", "prompt-surgeon-0"]
+    assert begun == ["lora-search", "prompt-search", "prompt-surgeon-0", "prompt-pace"]
     rows, failed = table.rows(contenders, BASE, Results(tmp_path), 1)
     assert ([row.method for row in rows], failed) == (["prompt"], {"lora": "no room"})
 

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.zoo.encoder import save_encoder
 from surgeon.compare.one import One
-from surgeon.compare.schedule import BASE, PEFT, SEARCH, SURGEON, Run
+from surgeon.compare.schedule import BASE, BESIDE, PEFT, SEARCH, SURGEON, Run
 from surgeon.compare.search import MOST_RATES
 from surgeon.compare.settings import Settings
 from surgeon.errors import UnsupportedError
@@ -78,6 +78,18 @@ def test_peft_learns_the_same(setting: Settings, method: str, options: Any) -> N
     sides = [result(setting, Run(kind, method, options)) for kind in (SURGEON, PEFT)]
     assert sides[0]["trained"] == sides[1]["trained"]
     assert sides[0]["loss"] == pytest.approx(sides[1]["loss"], rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+@pytest.mark.parametrize(
+    ("method", "options", "beside"),
+    [("lora", LORA, True), ("adalora", (("targets", "query"),), True), ("dylora", LORA, False), ("full", (), False)],
+)
+def test_steps_are_timed_in_turn(setting: Settings, method: str, options: Any, beside: bool) -> None:
+    found = result(setting, Run(BESIDE, method, options))
+    assert 0 < found["seconds_per_step"] < 5
+    assert ("time_ratio" in found) == beside
+    assert 0.05 < found.get("time_ratio", 1.0) < 20
 
 
 def test_what_peft_does_not_train_is_not_compared(setting: Settings) -> None:
