@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="PEFT under torch.compile as a third side")
     parser.add_argument("--no-time", action="store_true")
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--no-frozen", action="store_true", help="leave out the step of the model without adapters")
     parser.add_argument("--out", type=Path, help="JSON file; rows of other measurements in it stay")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -217,7 +218,7 @@ def main() -> None:
 
 def run(options: argparse.Namespace, scratch: Path) -> None:
     """Every measurement, printed and written as it is made."""
-    sides = ["surgeon", "peft", *(["peft compiled"] if options.compiled else []), "frozen"]
+    sides = ["surgeon", "peft", *["peft compiled"][: options.compiled], *["frozen"][options.no_frozen :]]
     for name in options.models:
         base = str(SMALL)
         if name == "100m":
