@@ -23,26 +23,14 @@ from surgeon.manifest import Manifest, read_manifest
 from surgeon.normal import Columns, Factors, Normal, compose
 from surgeon.passes.base import Adapter
 from surgeon.run import owners
+from surgeon.safetensors_file import read_shard
+from surgeon.serve import moves
 from surgeon.serve.layout import Layout
-from surgeon.serve.packed import (
-    BANKED,
-    BIAS,
-    FIRST_A,
-    FIRST_B,
-    INPUT,
-    LOW,
-    OUT,
-    OUTPUT,
-    PARTS,
-    RANK,
-    WIDTH,
-    Packed,
-    Packer,
-)
+from surgeon.serve.lines import MERGE, Lines
+from surgeon.serve.packed import BIAS, WIDTH, Packed, Packer
 from surgeon.sites import ATTENTION, EMBEDDING
 
 TEMPLATES = 64
-_MERGE = "merge it (surgeon merge) and serve the merged model"
 
 
 class Loader:
@@ -58,6 +46,7 @@ class Loader:
         """
         self.base, self.layout, self.dtype = base, layout, dtype
         self._applied: dict[str, Graph] = {}
+        self._moves: dict[tuple[str, bytes], moves.Moves | None] = {}
         self._banks: dict[str, Packed] = {}
         self._numbers = {site.path: number for number, site in enumerate(layout.linears)}
         self._attentions = {(site.layer, site.node): i for i, site in enumerate(layout.attentions)}
@@ -77,7 +66,11 @@ class Loader:
         folder = Path(folder)
         if not folder.is_dir():
             raise UsageError("there is no such folder", str(folder), "name a folder with an adapter")
-        graph = self._work(folder) if store.is_work_folder(folder) else self._peft(folder)
+        if store.is_work_folder(folder):
+            return self._whole(self._work(folder), folder, key, rank)
+        return self._peft(folder, key, rank)
+
+    def _whole(self, graph: Graph, folder: Path, key: str, rank: int | None) -> Packed:
         if rank is not None:
             graph = ranks.at_rank(graph, rank)
         try:
@@ -90,16 +83,35 @@ class Loader:
         """Of the base's checkpoint."""
         return Checkpoint.open(Path(self.base.source)).fingerprint()
 
-    def _peft(self, folder: Path) -> Graph:
-        config, tensors = peft_files.read_config(folder), peft_files.read_tensors(folder / peft_files.WEIGHTS)
+    def _peft(self, folder: Path, key: str, rank: int | None) -> Packed:
+        config, file = peft_files.read_config(folder), folder / peft_files.WEIGHTS
         task = config.get("task_type")
         if task not in (None, "CAUSAL_LM"):
             raise UsageError(f"the adapter is for {task}", str(folder), "this server answers with text: CAUSAL_LM")
         self._check_base(config.get("base_model_name_or_path"), folder)
-        template = self._template(_told(config), lambda: peft_load.adapt(self.base, folder, config, tensors))
-        graph = template.copy()
-        peft_load.fill_all(graph, folder, tensors)
-        return graph
+        told = _told(config)
+        kind = (told, moves.start_of(file))
+        known = self._moves.get(kind)
+        made = known.read(file, key) if known is not None and rank is None else None
+        if made is not None:
+            return made
+        tensors = peft_files.read_tensors(file)
+        template = self._template(told, lambda: peft_load.adapt(self.base, folder, config, tensors))
+        made = self._whole(_filled(template, folder, tensors), folder, key, rank)
+        if kind not in self._moves:
+            self._moves[kind] = self._learned(template, folder)
+            _shorten(self._moves)
+        return made
+
+    def _learned(self, template: Graph, folder: Path) -> moves.Moves | None:
+        """What packing an adapter of a kind does to its numbers, if it only moves them."""
+        shard = read_shard(folder / peft_files.WEIGHTS)
+        tensors = moves.random_tensors(shard)
+        try:
+            packed = self._whole(_filled(template, folder, dict(tensors)), folder, "", None)
+        except SurgeonError:  # not every adapter may have any numbers
+            return None
+        return moves.found(packed, shard, tensors)
 
     def _work(self, folder: Path) -> Graph:
         record = read_manifest(folder)
@@ -132,11 +144,10 @@ class Loader:
             raise UsageError("the adapter was made for another base", str(folder), f"serve {named} for it")
 
     def _template(self, told: str, make: Callable[[], Graph]) -> Graph:
-        found = self._applied.pop(told, None) or make()
-        self._applied[told] = found
-        while len(self._applied) > TEMPLATES:
-            self._applied.pop(next(iter(self._applied)))
-        return found
+        template = self._applied.pop(told, None) or make()
+        self._applied[told] = template
+        _shorten(self._applied)
+        return template
 
     def _packed(self, graph: Graph, key: str) -> Packed:
         known = owners(self.base.applied)
@@ -169,7 +180,7 @@ class Loader:
         left = [name for name in names if name not in linears]
         if left:
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-            raise UnsupportedError(f"the adapter replaces {', '.join(left[:3])}{more}", "modules_to_save, bias", _MERGE)
+            raise UnsupportedError(f"the adapter replaces {', '.join(left[:3])}{more}", "modules_to_save, bias", MERGE)
         return {linears[name]: graph.inserted[name]() for name in names}
 
     def _linears(self, graph: Graph, biases: dict[str, torch.Tensor], packer: Packer, lines: Lines) -> Packed | None:
@@ -180,7 +191,7 @@ class Loader:
         if lost:
             kinds = sorted({found[path][0].site.kind for path in lost})
             what = f"the adapter changes {', '.join(lost[:3])}, and this server adapts no {' or '.join(kinds)} there"
-            raise UnsupportedError(what, "", _MERGE)
+            raise UnsupportedError(what, "", MERGE)
         shared: dict[str, Factors] = {}
         for path, items in found.items():
             factors = items[0].step.shared_factors(items[0].tensors(), items[0].site) if len(items) == 1 else None
@@ -220,7 +231,7 @@ class Loader:
         tickets = {place: packer.add(wide[place]) for place in sorted(wide)}
         numbers = {place: packer.number(ticket) for place, ticket in tickets.items()}
         if len(names) > 1:
-            raise UnsupportedError("the adapter has several pairs of shared matrices", "", _MERGE)
+            raise UnsupportedError("the adapter has several pairs of shared matrices", "", MERGE)
         if key not in self._banks:
             empty = torch.zeros(0, WIDTH, dtype=torch.int64), torch.zeros(0)
             self._banks[key] = Packed(key, packer.rows(), *empty)
@@ -230,7 +241,7 @@ class Loader:
         columns, biases = dict[int, Columns](), dict[int, tuple[int, int]]()
         for item in rest(graph):
             if item.site.kind not in (ATTENTION, EMBEDDING):
-                raise UnsupportedError(f"the adapter changes {item.site.path}", item.step.name, _MERGE)
+                raise UnsupportedError(f"the adapter changes {item.site.path}", item.step.name, MERGE)
             if item.site.kind != ATTENTION:
                 continue
             number, found = self._attentions[item.site.layer, item.site.node], item.columns()
@@ -252,58 +263,15 @@ class Loader:
         return packer.add(rows), len(rows)
 
 
-class Lines:
-    """The table of an adapter while it is made: tickets of a packer, and numbers once all rows are in."""
+def _filled(template: Graph, folder: Path, tensors: dict[str, torch.Tensor]) -> Graph:
+    graph = template.copy()
+    peft_load.fill_all(graph, folder, tensors)
+    return graph
 
-    def __init__(self, count: int) -> None:
-        self._tickets: dict[tuple[int, int], tuple[int, int]] = {}
-        self._ranks = [0] * count
-        self._scales = [1.0] * count
-        self._banked: dict[int, tuple[int, int]] = {}
 
-    def normal(self, number: int, normal: Normal, packer: Packer) -> None:
-        """A site's normal form.
-
-        Raises:
-            UnsupportedError: rows of the weight are replaced.
-        """
-        normal = normal.factored()
-        if normal.replaced is not None:
-            raise UnsupportedError("the adapter replaces rows of a weight", "", _MERGE)
-        if normal.a is not None and normal.b is not None and len(normal.a):
-            a = normal.a.repeat_interleave(normal.group, -1) if normal.group > 1 else normal.a
-            self._tickets[number, FIRST_A] = packer.add(a)
-            self._tickets[number, FIRST_B] = packer.add(normal.b.T)
-            self._ranks[number], self._scales[number] = len(a), normal.scale / normal.divisor
-        for name, vector in ((INPUT, normal.u), (OUTPUT, normal.s), (BIAS, normal.bias)):
-            if vector is not None:
-                self.vector(number, name, vector, packer)
-
-    def shared(self, number: int, factors: Factors, packer: Packer) -> None:
-        """The vectors of a site whose matrices are in a bank."""
-        self._ranks[number] = len(factors.low)
-        self.vector(number, LOW, factors.low, packer)
-        self.vector(number, OUT, factors.out, packer)
-
-    def vector(self, number: int, name: int, vector: torch.Tensor, packer: Packer) -> None:
-        """One vector of a site."""
-        self._tickets[number, name] = packer.add(vector)
-
-    def banked(self, sites: dict[int, Factors], bank: tuple[Packed, dict[tuple[str, int], int]]) -> None:
-        """Where the matrices of sites are in their bank."""
-        for number, factors in sites.items():
-            self._banked[number] = (bank[1]["a", factors.a.shape[1]], bank[1]["b", factors.b.shape[0]])
-
-    def table(self, packer: Packer) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[linears, WIDTH]` and the scales."""
-        lines = torch.full((len(self._ranks), WIDTH), -1, dtype=torch.int64)
-        lines[:, RANK] = torch.tensor(self._ranks, dtype=torch.int64)
-        lines[:, BANKED], lines[:, PARTS] = 0, 1
-        for (number, name), ticket in self._tickets.items():
-            lines[number, name] = packer.number(ticket)
-        for number, (first_a, first_b) in self._banked.items():
-            lines[number, FIRST_A], lines[number, FIRST_B], lines[number, BANKED] = first_a, first_b, 1
-        return lines, torch.tensor(self._scales)
+def _shorten(cache: dict[Any, Any]) -> None:
+    while len(cache) > TEMPLATES:
+        cache.pop(next(iter(cache)))
 
 
 def _told(config: Any) -> str:
