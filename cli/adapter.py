@@ -50,6 +50,7 @@ def summary(made: Compiled) -> dict[str, Any]:
     worst = max(made.replays, key=lambda replay: replay.max_error / replay.bound, default=None)
     return {
         "file": made.file,
+        "files": made.files,
         "bytes": made.bytes,
         "slots": made.slots,
         "passes": made.passes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -35,9 +36,12 @@ def is_alibi(bias: fx.Node) -> bool:
     return bool(value.is_floating_point()) and value.shape[-2] == 1 and value.shape[-1] != 1
 
 
-def widen_trunk(graph: Graph, owner: str, count: int | fx.Node, *, every: bool) -> None:
-    """The biases that the trunk computes for its layers: every one, or those that are ALiBi."""
-    for call in [node for node in graph.trunk.nodes if node.op == "call_module"]:
+def widen_trunk(
+    graph: Graph, owner: str, count: int | fx.Node, *, every: bool, layers: Collection[str] | None = None
+) -> None:
+    """The biases that the trunk computes for its layers, or for some: every one, or those that are ALiBi."""
+    chosen = graph.layers if layers is None else layers
+    for call in [node for node in graph.trunk.nodes if node.op == "call_module" and node.target in chosen]:
         layer = graph.layers[str(call.target)]
         attentions = [node for node in lengths.attentions(layer) if node.kwargs.get("role") != "cross"]
         biases = {argument_of(node, 4) for node in attentions if has_argument(node, 4)}

@@ -15,7 +15,7 @@ from torch import fx
 from surgeon import lengths, virtual, wiring
 from surgeon.edit import Edit
 from surgeon.errors import UnsupportedError
-from surgeon.graph import INPUT, Graph, val
+from surgeon.graph import INPUT, Graph, tag, val
 from surgeon.sites import argument_of
 
 aten = torch.ops.aten
@@ -104,7 +104,7 @@ def by_new_states(edit: Edit) -> None:
     There may be none of them, so that no size can be left to be found out.
     """
     chain = lengths.ancestors([edit.argument(1), edit.argument(2)])
-    states = next(node for node in chain if node.op == "placeholder")
+    states = next(node for node in chain if node.op == "placeholder" and tag(node) is None)
     length = lengths.symbol(val(states).shape[1])
     edit.write_after(wiring.inputs_of(edit.part)[-1])
     count = edit.call(aten.sym_size.int, states, 1)
@@ -142,7 +142,8 @@ def _states(graph: Graph) -> fx.Node:
         cross = [node for node in lengths.attentions(part) if node.kwargs.get("role") == "cross"]
         read = set(lengths.ancestors([argument_of(node, position) for node in cross for position in (1, 2)]))
         calls = [call for path in paths for call in wiring.calls_of(graph.trunk, path)]
-        found |= {given for call in calls for inner, given in lengths.fed(part, call) if inner in read}
+        pairs = [pair for call in calls for pair in lengths.fed(part, call)]
+        found |= {given for inner, given in pairs if inner in read and tag(inner) is None}
     if len(found) != 1:
         what = f"the decoder of {graph.config.model_type} reads {len(found)} results of the encoder, and not one"
         raise UnsupportedError(what, graph.source, "methods and targets for encoder-decoders: T5, BART and their kin")

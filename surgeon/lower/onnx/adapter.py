@@ -13,11 +13,14 @@ from surgeon import api
 from surgeon.errors import SurgeonError, UsageError
 from surgeon.graph import Graph
 from surgeon.lower.onnx import adapter_file, adapter_stack
+from surgeon.lower.onnx.adapter_forms import Array
 from surgeon.lower.onnx.adapter_slots import compiled
 from surgeon.lower.onnx.adapters import arrays, read
-from surgeon.lower.onnx.check import Replay, replay
+from surgeon.lower.onnx.check import Replay
 from surgeon.lower.onnx.effective import adapted
+from surgeon.lower.onnx.files import models
 from surgeon.lower.onnx.precision import ACTIVATIONS, BITS
+from surgeon.lower.onnx.proof import replayed
 from surgeon.passes import parse
 from surgeon.passes.base import Adapter
 from surgeon.passes.intq import IntQ
@@ -26,10 +29,11 @@ from surgeon.verification import make_probes
 
 @dataclass(frozen=True)
 class Compiled:
-    """An adapter's file.
+    """An adapter's file, or two of an encoder-decoder's.
 
     Attributes:
-        file: where it is.
+        file: its name, which `surgeon.lower.onnx.adapter_file.load` takes.
+        files: where it is.
         bytes: its size.
         slots: how many it fills.
         passes: the methods, as option strings.
@@ -37,6 +41,7 @@ class Compiled:
     """
 
     file: Path
+    files: tuple[Path, ...]
     bytes: int
     slots: int
     passes: tuple[str, ...]
@@ -52,7 +57,7 @@ def compile_file(
     rank: int | None = None,
     verify: bool = True,
 ) -> Compiled:
-    """Write the adapters of folders as one file for an export.
+    """Write the adapters of folders as one file for an export, or one for each of its two models.
 
     Args:
         folders: PEFT adapter folders or work folders; of a stacked export, numbers 1, 2, … of the stack.
@@ -87,14 +92,12 @@ def compile_file(
             checked[-1].require(str(path))
     size = adapter_file.write(tensors, record, path)
     steps = [step.spec() for graph in graphs for step in graph.applied if isinstance(step, Adapter)]
-    return Compiled(path, size, len(tensors), tuple(steps), tuple(checked))
+    return Compiled(path, tuple(adapter_file.files(path, record)), size, len(tensors), tuple(steps), tuple(checked))
 
 
-def _together(
-    folders: Sequence[str | Path], parts: Sequence[dict[str, adapter_file.Array]]
-) -> dict[str, adapter_file.Array]:
+def _together(folders: Sequence[str | Path], parts: Sequence[dict[str, Array]]) -> dict[str, Array]:
     """Adapters side by side: each slot is one's."""
-    found: dict[str, adapter_file.Array] = {}
+    found: dict[str, Array] = {}
     owner: dict[str, str | Path] = {}
     for name, tensors in zip(folders, parts, strict=True):
         taken = next((slot for slot in tensors if slot in found), None)
@@ -109,11 +112,12 @@ def _together(
 
 def _replayed(graph: Graph, export: Path, given: adapter_file.Loaded, record: dict[str, Any]) -> Replay:
     """The export with an adapter in its slots, against torch; its base in the codes that the export has of it."""
-    file = export / str(record.get("model", "model.onnx"))
-    if not file.is_file():
-        raise SurgeonError("the export has no model", str(file), "export it again, or --no-verify")
+    files = [export / name for name in models(record)]
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing is not None:
+        raise SurgeonError("the export has no model", str(missing), "export it again, or --no-verify")
     probes = make_probes(graph, api.tokenizer_of(export))
     step = parse(record["quantised"]["codes"]) if record.get("quantised", {}).get("codes") else None
     reference = adapted(graph, step if isinstance(step, IntQ) else None)
     relative = ACTIVATIONS if record["precision"] in BITS else None
-    return replay(reference, file, probes, getattr(torch, record["slots"]["dtype"]), given=given, relative=relative)
+    return replayed(reference, files, probes, getattr(torch, record["slots"]["dtype"]), relative, given)

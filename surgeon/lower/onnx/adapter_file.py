@@ -2,7 +2,8 @@
 
 An `.onnx_adapter` holds the slots that an adapter fills; the others keep the base's values. A `.safetensors` file holds
 all of them, for runtimes where every slot is a required input: whoever loads it feeds what is in it. Both carry the
-`model_version` of the export they were made for, a hash of its base and slots. Needs numpy and onnxruntime alone.
+`model_version` of the export they were made for, a hash of its base and slots. An export of two models has two files
+per adapter: ONNX Runtime refuses one that has a name more than the model. Needs numpy and onnxruntime alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import numpy.typing as npt
 
 from surgeon.atomic import atomic_file
 from surgeon.errors import UsageError, nearest
+from surgeon.lower.onnx.adapter_forms import Array, read_native, read_plain, write_native, write_plain
 
 MANIFEST, SLOTS = "surgeon.json", "slots"
 NATIVE, PLAIN = ".onnx_adapter", ".safetensors"
@@ -28,10 +31,8 @@ INITIAL = "initial."
 LEAVES = ("lora_A", "lora_B", "in_scale", "out_scale", "out_shift")
 """The slots of a linear."""
 FACTORS, SCALED = LEAVES[2:4], LEAVES[2:]
-_PREFIXED = re.compile(r"prefix\.(\d+)\.(key|value)")
+_PREFIXED = re.compile(r"prefix\.\d+(\.(encoder|decoder|cross))?\.(key|value)")
 IDS, COUNT = "adapter_ids", "adapters"
-Array = npt.NDArray[Any]
-_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,14 @@ class Loaded:
         """p: how many tokens the cache starts with. The mask is that much longer, and positions start there."""
         return next((int(value.shape[2]) for value in self.initial.values()), 0)
 
-    def feed(self, batch: int = 1) -> dict[str, Array]:
-        """The inputs of every step, for a batch of this size."""
+    def feed(self, batch: int = 1, session: Any = None) -> dict[str, Array]:
+        """The inputs of every step, for a batch of this size; of one of two models, those that its session has."""
         ids = {IDS: np.resize(np.array(self.ids, np.int64), batch)} if self.ids else {}
-        return {**self.inputs, **ids}
+        found: dict[str, Array] = {**self.inputs, **ids}
+        if session is None:
+            return found
+        known = {node.name for node in (*session.get_inputs(), *session.get_overridable_initializers())}
+        return {name: value for name, value in found.items() if name in known}
 
     def past(self, batch: int = 1) -> dict[str, Array]:
         """The cache before the first token, for a batch of this size; empty for none."""
@@ -147,8 +152,24 @@ def _fits(shape: Sequence[int], wanted: Sequence[set[int] | int | str]) -> bool:
     )
 
 
+def files(path: str | Path, record: Mapping[str, Any]) -> dict[Path, list[str]]:
+    """The files of an adapter, and the slots that each may hold; of an export of two models one for each.
+
+    Of `x.onnx_adapter` they are called `x.encoder_model.onnx_adapter` and `x.decoder_model_merged.onnx_adapter`.
+    """
+    path, known = Path(path), record[SLOTS]
+    if "parts" not in known:
+        return {path: [*known["inputs"], *(INITIAL + name for name in known["initial"])]}
+    stem = path.stem
+    for part in known["parts"]:
+        stem = stem.removesuffix(f".{part}")
+    return {path.with_name(f"{stem}.{part}{path.suffix}"): names for part, names in known["parts"].items()}
+
+
 def write(tensors: Mapping[str, Array], record: Mapping[str, Any], path: str | Path) -> int:
     """Write an adapter for an export, in the form its suffix names; returns its size in bytes.
+
+    The files are those of `files`.
 
     Raises:
         UsageError: the suffix is another, or a tensor is no value of a slot; nothing is written.
@@ -156,13 +177,14 @@ def write(tensors: Mapping[str, Array], record: Mapping[str, Any], path: str | P
     path = Path(path)
     form(path)
     check(tensors, record, str(path))
-    version = int(record[SLOTS]["model_version"])
-    with atomic_file(path) as temporary:
-        if path.suffix == PLAIN:
-            _write_plain({**defaults(record), **tensors}, version, temporary)
-        else:
-            _write_native(tensors, version, temporary)
-    return path.stat().st_size
+    version, whole = int(record[SLOTS]["model_version"]), path.suffix == PLAIN
+    values, places = {**(defaults(record) if whole else {}), **tensors}, files(path, record)
+    with ExitStack() as stack:
+        for place, names in places.items():
+            temporary = stack.enter_context(atomic_file(place))
+            own = {name: value for name, value in values.items() if name in names}
+            (write_plain if whole else write_native)(own, version, temporary)
+    return sum(place.stat().st_size for place in places)
 
 
 def form(path: Path) -> str:
@@ -172,13 +194,6 @@ def form(path: Path) -> str:
     return path.suffix
 
 
-def _write_plain(tensors: Mapping[str, Array], version: int, path: Path) -> None:
-    from safetensors.numpy import save_file
-
-    values = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    save_file(values, path, metadata={"format": "surgeon-slots", "model_version": str(version)})
-
-
 def load(path: str | Path, export: str | Path) -> Loaded:
     """An adapter's file for an export, checked: made for it, names, shapes and dtypes.
 
@@ -186,26 +201,32 @@ def load(path: str | Path, export: str | Path) -> Loaded:
     the same `.onnx_adapter` to `onnxruntime.LoraAdapter` or `onnxruntime_genai.Adapters` after this check.
 
     Args:
-        path: an `.onnx_adapter` or `.safetensors` file.
+        path: an `.onnx_adapter` or `.safetensors` file; of two files (`files`) the name without the model's.
         export: the folder it was made for.
 
     Raises:
         UsageError: the file is missing or damaged, or made for another export.
     """
-    path, record = Path(path), read_export(export)
+    record, tensors = read_export(export), dict[str, Array]()
+    form(Path(path))
+    for file in files(path, record):
+        tensors |= _read(file, record, export)
+    check(tensors, record, str(path))
+    return as_loaded(tensors, record)
+
+
+def _read(path: Path, record: Mapping[str, Any], export: str | Path) -> dict[str, Array]:
+    """The tensors of one file."""
     if not path.is_file():
-        raise UsageError("there is no such adapter", str(path), f"surgeon adapter FOLDER --for {export} -o {path}")
+        raise UsageError("there is no such adapter", str(path), f"surgeon adapter FOLDER --for {export}")
     try:
-        tensors, version = (_read_plain if form(path) == PLAIN else _read_native)(path)
-    except UsageError:
-        raise
+        tensors, version = (read_plain if path.suffix == PLAIN else read_native)(path)
     except Exception as error:  # both readers raise their own classes for what is no such file
         raise UsageError(f"the adapter cannot be read: {error}", str(path), "compile it again") from error
     if version != record[SLOTS]["model_version"]:
         what = f"the adapter was made for another export (version {version}, not {record[SLOTS]['model_version']})"
         raise UsageError(what, str(path), f"surgeon adapter FOLDER --for {export}")
-    check(tensors, record, str(path))
-    return as_loaded(tensors, record)
+    return tensors
 
 
 def as_loaded(tensors: Mapping[str, Array], record: Mapping[str, Any]) -> Loaded:
@@ -215,39 +236,3 @@ def as_loaded(tensors: Mapping[str, Array], record: Mapping[str, Any]) -> Loaded
     if not record[SLOTS]["optional"]:
         inputs = {**defaults(record), **inputs}
     return Loaded(inputs, initial, (0,) if record[SLOTS]["form"] == "stacked" else ())
-
-
-def _write_native(tensors: Mapping[str, Array], version: int, path: Path) -> None:
-    import onnxruntime  # an export that writes no adapter does without its memory
-
-    made = onnxruntime.AdapterFormat()
-    made.set_adapter_version(_VERSION)
-    made.set_model_version(version)
-    values = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    made.set_parameters({n: onnxruntime.OrtValue.ortvalue_from_numpy(v) for n, v in values.items()})
-    made.export_adapter(str(path))
-
-
-def _read_native(path: Path) -> tuple[dict[str, Array], int]:
-    import onnxruntime
-
-    found = onnxruntime.AdapterFormat.read_adapter(str(path))
-    # The values point into the file, which is closed with the reader.
-    return {name: value.numpy().copy() for name, value in found.get_parameters().items()}, found.get_model_version()
-
-
-def _read_plain(path: Path) -> tuple[dict[str, Array], int]:
-    """Read by hand: an export is verified where the package safetensors is not."""
-    data = path.read_bytes()
-    begin = 8 + int.from_bytes(data[:8], "little")
-    header: dict[str, Any] = json.loads(data[8:begin])
-    metadata = header.pop("__metadata__", {})
-    tensors = {name: _tensor(memoryview(data)[begin:], entry) for name, entry in header.items()}
-    return tensors, int(metadata.get("model_version", -1))
-
-
-def _tensor(data: memoryview, entry: Mapping[str, Any]) -> Array:
-    start, stop = entry["data_offsets"]
-    kind = {"F32": np.float32, "F16": np.float16}[entry["dtype"]]
-    values: Array = np.frombuffer(data[start:stop], kind) if stop > start else np.empty(0, kind)
-    return values.reshape(entry["shape"])

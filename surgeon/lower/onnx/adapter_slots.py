@@ -16,13 +16,13 @@ from surgeon.finalise import finalise
 from surgeon.fold import Fold, value_of
 from surgeon.graph import Graph
 from surgeon.lower.onnx.adapter_file import INITIAL, SLOTS
-from surgeon.lower.onnx.slots import IN, OUT, SHIFT, A, B
+from surgeon.lower.onnx.slots import CROSS, IN, KEY, OUT, SHIFT, VALUE, A, B, places
 from surgeon.lower.virtual_columns import as_columns
 from surgeon.normal import Columns, Normal, compose
 from surgeon.passes.base import Adapter
 from surgeon.passes.quantiser import Quantiser
 from surgeon.run import owners
-from surgeon.sites import ATTENTION, EMBEDDING, Site, argument_of, has_argument, sites
+from surgeon.sites import ATTENTION, Site, argument_of, has_argument, sites
 from surgeon.strip import without
 
 _MERGE = "surgeon export --adapters merge folds it in"
@@ -91,7 +91,7 @@ def compiled(graph: Graph, record: Mapping[str, Any], where: str = "") -> Tensor
     check_base(graph, record, where)
     _check_codes(graph)
     biases = _biases(graph)
-    plain = as_columns(finalise(graph, lambda kept: kept))
+    plain = _with_columns(finalise(graph, lambda kept: kept), where)
     found: dict[str, list[Fold]] = {}
     for item in fold.folds(plain):
         found.setdefault(item.site.path, []).append(item)
@@ -106,6 +106,15 @@ def compiled(graph: Graph, record: Mapping[str, Any], where: str = "") -> Tensor
         raise UsageError("there is no adapter: it changes nothing of the base", where, "name an adapter's folder")
     dtype = getattr(torch, record[SLOTS]["dtype"])
     return {name: value.detach().to(dtype).contiguous() for name, value in tensors.items()}
+
+
+def _with_columns(graph: Graph, where: str) -> Graph:
+    rows = fold.rows(graph)
+    if rows and "decoder_input_ids" in graph.inputs:
+        what = f"{rows[0].step.name} has no constant keys and values in {graph.config.model_type}, and so no slot: "
+        what += "an encoder's virtual tokens see the text, and a decoder's are computed from it"
+        raise UnsupportedError(what, where, f"train a prefix instead, or {_MERGE}")
+    return as_columns(graph)
 
 
 def _biases(graph: Graph) -> Tensors:
@@ -171,30 +180,36 @@ def _shift(normal: Normal, bias: torch.Tensor | None, base: torch.Tensor | None)
 
 def _prefix(graph: Graph, record: Mapping[str, Any], where: str) -> Tensors:
     """The columns of every attention, under the names of slots or of what the cache starts with."""
-    found: dict[str, list[tuple[Fold, Columns]]] = {}
+    found: dict[tuple[str, str], list[tuple[Fold, Columns]]] = {}
     for item in fold.columns(graph):
-        found.setdefault(f"{item.site.layer} {item.site.node}", []).append((item, item.columns()))
+        found.setdefault((item.site.layer, item.site.node), []).append((item, item.columns()))
     if not found:
         return {}
-    places = {f"{site.layer} {site.node}": number for number, site in enumerate(sites(graph, ATTENTION))}
-    kind = record[SLOTS]["prefix"]
+    kind, known = record[SLOTS]["prefix"], places(graph)
     if kind == "none":
         what = "the export has no slot for these parts of the adapter: keys and values before the text"
         raise UnsupportedError(what, where, _MERGE)
-    if set(found) != set(places):
-        left = next(site.path for site in sites(graph, ATTENTION) if f"{site.layer} {site.node}" not in found)
-        raise UnsupportedError("the adapter has no keys and values at some attentions", left, _MERGE)
     stem = "prefix." if kind == "slots" else f"{INITIAL}past_key_values."
     tensors: Tensors = {}
-    for place, items in found.items():
-        for item, columns in items:
-            _check_columns(graph, item, columns)
-        for word in ("k", "v"):
-            name = f"{stem}{places[place]}.{'key' if word == 'k' else 'value'}"
-            tensors[name] = torch.cat([getattr(columns, word).float() for _, columns in items], 1)[None]
-    if len({tuple(value.shape)[2] for value in tensors.values()}) > 1:
-        raise UnsupportedError("the adapter has more keys at some attentions than at others", where, _MERGE)
+    for role in dict.fromkeys(site.role for site in sites(graph, ATTENTION)):
+        chosen = {(s.layer, s.node): s.path for s in sites(graph, ATTENTION) if s.role == role}
+        left = [path for place, path in chosen.items() if place not in found]
+        if 0 < len(left) < len(chosen):
+            raise UnsupportedError("the adapter has no keys and values at some attentions", left[0], _MERGE)
+        made = {} if left else {f"{stem}{known[place]}": _columns(graph, found[place]) for place in chosen}
+        if len({k.shape[2] for k, _ in made.values()}) > 1:
+            raise UnsupportedError("the adapter has more keys at some attentions than at others", where, _MERGE)
+        tensors |= {f"{name}.{KEY}": k for name, (k, _) in made.items()}
+        tensors |= {f"{name}.{VALUE}": v for name, (_, v) in made.items()}
     return tensors
+
+
+def _columns(graph: Graph, items: list[tuple[Fold, Columns]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values `[1, h_kv, p, d]` of one attention."""
+    for item, columns in items:
+        _check_columns(graph, item, columns)
+    k, v = (torch.cat([getattr(columns, word).float() for _, columns in items], 1)[None] for word in ("k", "v"))
+    return k, v
 
 
 def _check_columns(graph: Graph, item: Fold, columns: Columns) -> None:
@@ -208,5 +223,5 @@ def _check_columns(graph: Graph, item: Fold, columns: Columns) -> None:
         raise UnsupportedError(what, item.site.path, _MERGE)
     given: Any = argument_of(node, 4) if has_argument(node, 4) else None
     numeric = given is not None and given.meta["val"].is_floating_point() and given.meta["val"].shape[-2] != 1
-    if numeric and not getattr(item.step, "biased", True) and item.site.role != EMBEDDING:
+    if numeric and not getattr(item.step, "biased", True) and item.site.role != CROSS:
         raise UnsupportedError(f"{item.step.name} has no position biases, and slots have", item.site.path, _MERGE)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from surgeon.lower.onnx.adapter_file import SLOTS, Array, defaults, empty
+from surgeon.lower.onnx.adapter_file import SLOTS, defaults, empty
+from surgeon.lower.onnx.adapter_forms import Array
 
 
 def stacked(parts: Sequence[Mapping[str, Array]], record: Mapping[str, Any]) -> dict[str, Array]:

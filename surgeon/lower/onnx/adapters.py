@@ -15,6 +15,7 @@ from surgeon.errors import SurgeonError, UnsupportedError, UsageError, nearest
 from surgeon.graph import Graph, val
 from surgeon.lower.onnx import adapter_file, adapter_stack, slots
 from surgeon.lower.onnx.adapter_file import Loaded
+from surgeon.lower.onnx.adapter_forms import Array
 from surgeon.lower.onnx.adapter_slots import Tensors, compiled, described
 from surgeon.lower.onnx.check import Replay
 from surgeon.lower.onnx.profiles import STANDARD, Profile
@@ -25,10 +26,11 @@ from surgeon.passes.quantiser import Quantiser
 from surgeon.ranks import at_rank
 from surgeon.sites import ATTENTION, sites
 from surgeon.source import open_graph, open_source
+from surgeon.wiring import inputs_of
 
 MERGE, SLOTTED, STACKED = "merge", "slots", "stacked"
 FORMS = (MERGE, SLOTTED, STACKED)
-FOLDER = "adapters"
+FOLDER, SEQ2SEQ = "adapters", "seq2seq-lm"
 Check = Callable[[Graph, Loaded], Replay | None]
 
 
@@ -43,37 +45,44 @@ def slotted(plain: Graph, profile: Profile, targets: str, form: str = SLOTTED) -
 
     Args:
         plain: the base as it is exported, before it has a cache.
-        profile: what it is made for; attentions of a profile with fused ones have no prefix.
+        profile: what it is made for; attentions of a profile with fused ones have no prefix, but for those of
+            encoder-decoders, which are never fused.
         targets: the linears, see `surgeon.select`.
         form: "slots" or "stacked", whose attentions have no prefix.
 
     Raises:
-        UnsupportedError: it is no causal language model.
+        UnsupportedError: it is no model that generates.
     """
-    if plain.task != "causal-lm":
-        what = f"slots are for causal language models; {plain.config.model_type} is read for {plain.task}"
+    if plain.task not in ("causal-lm", SEQ2SEQ):
+        what = f"slots are for models that generate; {plain.config.model_type} is read for {plain.task}"
         raise UnsupportedError(what, plain.source, "--adapters merge")
-    stacked = form == STACKED
-    prefix = profile.attention == STANDARD and bool(sites(plain, ATTENTION)) and not stacked
+    stacked, standard = form == STACKED, profile.attention == STANDARD or plain.task == SEQ2SEQ
+    prefix = standard and bool(sites(plain, ATTENTION)) and not stacked
     return run.apply(plain, Slots(targets=targets, prefix=prefix, stacked=stacked))
 
 
-def manifest(graph: Graph, base: Graph, profile: Profile, dtype: torch.dtype) -> dict[str, Any]:
+def manifest(parts: Mapping[str, Graph], base: Graph, profile: Profile, dtype: torch.dtype) -> dict[str, Any]:
     """The `base` and `slots` of an export's manifest.
 
     Args:
-        graph: with slots and with a cache, as it is lowered.
+        parts: with slots and with a cache, as they are lowered, by the names of their files.
         base: what adapters are made for, whatever its weights are in the export: one file fits all precisions.
         profile: what it is made for.
         dtype: of the slots.
     """
-    nodes = [node for node in graph.trunk.nodes if node.op == "placeholder"]
-    values = dict(zip(graph.inputs, map(val, nodes), strict=True))
-    inputs = {name: list(slots.shape_of(name, value)) for name, value in values.items() if adapter_file.is_slot(name)}
-    step = next(step for step in graph.applied if isinstance(step, Slots))
-    cached = {n: [1, int(v.shape[1]), "prefix_length", int(v.shape[3])] for n, v in values.items() if "past_key" in n}
-    preloaded = not step.prefix and not step.stacked and len(cached) == 2 * len(sites(base, ATTENTION))
-    record = {
+    inputs: dict[str, list[int | str]] = {}
+    cached: dict[str, list[int | str]] = {}
+    for graph in parts.values():
+        for name, node in zip(graph.inputs, inputs_of(graph.trunk), strict=True):
+            if adapter_file.is_slot(name):
+                inputs[name] = list(slots.shape_of(name, val(node)))
+            elif "past_key" in name:
+                _, heads, _, size = val(node).shape
+                cached[name] = [1, int(heads), "prefix_length", int(size)]
+    step = next(step for graph in parts.values() for step in graph.applied if isinstance(step, Slots))
+    preloaded = not step.prefix and not step.stacked and len(parts) == 1
+    preloaded = preloaded and len(cached) == 2 * len(sites(base, ATTENTION))
+    record: dict[str, Any] = {
         "form": STACKED if step.stacked else SLOTTED,
         "optional": profile.optional_slots,
         "dtype": str(dtype).removeprefix("torch."),
@@ -82,6 +91,8 @@ def manifest(graph: Graph, base: Graph, profile: Profile, dtype: torch.dtype) ->
         "inputs": inputs,
         "initial": cached if preloaded else {},
     }
+    if len(parts) > 1:
+        record["parts"] = {part: slots.named(graph) for part, graph in parts.items() if slots.named(graph)}
     made = {"base": described(base), "slots": record}
     record["model_version"] = adapter_file.model_version(made)
     return made
@@ -168,6 +179,6 @@ def _require(replay: Replay, name: str) -> None:
         raise type(error)(f"{error.what}, with the adapter {name}", error.where, error.hint) from error
 
 
-def arrays(tensors: Tensors) -> dict[str, adapter_file.Array]:
+def arrays(tensors: Tensors) -> dict[str, Array]:
     """The same in numpy."""
     return {name: value.numpy() for name, value in tensors.items()}

@@ -9,11 +9,16 @@ from typing import Any
 
 from surgeon.errors import UsageError
 
-MANIFEST = "surgeon.json"
+MANIFEST, MODEL = "surgeon.json", "model.onnx"
 FOLDER = "weights"
 """Where a checkpoint's files are linked: not beside config.json, where they would pass for a checkpoint."""
 AGAIN = "copy the whole folder again, its weights included, or export it again"
 _BLOCK = 1 << 22
+
+
+def models(record: Mapping[str, Any]) -> list[str]:
+    """The one model of an export, or the two of an encoder-decoder."""
+    return [str(record[word]) for word in ("encoder", "model") if word in record] or [MODEL]
 
 
 def files_of(folder: Path) -> list[Path]:

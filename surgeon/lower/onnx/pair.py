@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from surgeon.lower.onnx.adapter_file import Loaded
 from surgeon.lower.onnx.session import Array, empty_cache, follow, open_session, padded
 
 ENCODER, DECODER = "encoder_model", "decoder_model_merged"
@@ -21,11 +22,12 @@ ENCODER, DECODER = "encoder_model", "decoder_model_merged"
 
 @dataclass(frozen=True)
 class Pair:
-    """Both sessions, and the token that pads."""
+    """Both sessions, the token that pads, and an adapter for the models' slots."""
 
     encoder: Any
     decoder: Any
     pad: int
+    given: Loaded | None = None
 
     @classmethod
     def open(cls, encoder: Path, decoder: Path, pad: int) -> Pair:
@@ -35,8 +37,7 @@ class Pair:
     def encode(self, rows: list[list[int]]) -> dict[str, Array]:
         """What the decoder is given with its first tokens: the states of texts padded on the right, an empty cache."""
         given = padded(rows, self.pad)
-        names = [node.name for node in self.encoder.get_inputs()]
-        (states,) = self.encoder.run(["last_hidden_state"], {name: given[name] for name in names})
+        (states,) = self.encoder.run(["last_hidden_state"], self._fed(self.encoder, given, len(rows)))
         fed = {"encoder_hidden_states": states, "encoder_attention_mask": given["attention_mask"]}
         return {**fed, **empty_cache(self.decoder, len(rows))}
 
@@ -53,11 +54,17 @@ class Pair:
         """
         outputs = [node.name for node in self.decoder.get_outputs()]
         feed = {**given, "input_ids": ids, "num_logits_to_keep": np.array(keep, np.int64)}
-        fed = {node.name: feed[node.name] for node in self.decoder.get_inputs()}
+        fed = self._fed(self.decoder, feed, len(ids))
         results = dict(zip(outputs, self.decoder.run(outputs, fed), strict=True))
         logits = results.pop("logits").astype(np.float32)
         past = {name.replace("present", "past_key_values"): value for name, value in results.items()}
         return logits, {**given, **past}
+
+    def _fed(self, session: Any, values: Mapping[str, Array], batch: int) -> dict[str, Array]:
+        """What a session is given: its inputs, and the adapter's; slots that nobody gives have the base's values."""
+        own = self.given.feed(batch, session) if self.given else {}
+        names = [node.name for node in session.get_inputs() if node.name not in own]
+        return {name: values[name] for name in names} | own
 
     def decode(self, rows: list[list[int]], first: list[int], steps: int) -> tuple[Array, Array]:
         """Greedy decoding.

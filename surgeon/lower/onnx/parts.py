@@ -29,8 +29,10 @@ from surgeon.lower.onnx.standard import linear, standardise
 aten = torch.ops.aten
 META = torch.device("meta")
 SIZES = (
-    {"batch": 2, "choices": 4, "new": 3, "past": 5, "rank": 6, "prefix": 13, "adapters": 17, "src": 43, "held": 19},
-    {"batch": 3, "choices": 5, "new": 7, "past": 11, "rank": 10, "prefix": 29, "adapters": 31, "src": 61, "held": 23},
+    {"batch": 2, "choices": 4, "new": 3, "past": 5, "rank": 6, "prefix": 13, "adapters": 17, "src": 43, "held": 19}
+    | {"cross": 71},
+    {"batch": 3, "choices": 5, "new": 7, "past": 11, "rank": 10, "prefix": 29, "adapters": 31, "src": 61, "held": 23}
+    | {"cross": 89},
 )
 """Two sets of sizes without coincidences between sums and products; none is 0 or 1, which torch bakes in."""
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,9 @@ import onnxruntime
 
 from surgeon.atomic import atomic_folder, check_target
 from surgeon.errors import UnsupportedError, UsageError
-from surgeon.lower.onnx.files import FOLDER, MANIFEST, check_files, files_of, records
+from surgeon.lower.onnx.files import FOLDER, MANIFEST, MODEL, check_files, files_of, models, records
 from surgeon.lower.onnx.session import machine
-from surgeon.lower.onnx.verify import MODEL, Verified, read_record, verify
+from surgeon.lower.onnx.verify import Verified, read_record, verify
 
 DATA = "prepacked.onnx_data"
 FAST_START = {"session.disable_prepacking": "1"}
@@ -74,7 +73,7 @@ def prepack(folder: Path, out: Path, *, overwrite: bool = False) -> Prepacked:
         raise UsageError("browsers cannot read prepacked weights", str(folder), "export it with --profile ort or genai")
     need = 2 * sum(entry["bytes"] for entry in record["files"].values())
     with atomic_folder(out, overwrite=overwrite, need=need) as new:
-        for name in _models(record):
+        for name in models(record):
             _save(folder / name, new)
         _carry(folder, new, record)
         record["prepacked"] = machine()
@@ -90,11 +89,6 @@ def prepack(folder: Path, out: Path, *, overwrite: bool = False) -> Prepacked:
 def data_of(model: str) -> str:
     """The file of a prepacked model's weights."""
     return DATA if model == MODEL else f"{Path(model).stem}_{DATA}"
-
-
-def _models(record: Mapping[str, Any]) -> list[str]:
-    """The one model of an export, or the two of an encoder-decoder."""
-    return [record[word] for word in ("encoder", "model") if word in record] or [MODEL]
 
 
 def _save(model: Path, new: Path) -> None:
@@ -117,7 +111,7 @@ def _save(model: Path, new: Path) -> None:
 def _carry(folder: Path, new: Path, record: dict[str, Any]) -> None:
     """Copy what belongs to the export and is neither its model nor its weights."""
     # model.onnx, and the file of its own tensors, whose name begins alike
-    weights = (f"{FOLDER}/", MODEL, *_models(record))
+    weights = (f"{FOLDER}/", MODEL, *models(record))
     kept = [name for name in record["files"] if not name.startswith(weights)]
     for name in kept:
         (new / name).parent.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,17 +27,31 @@ def of_base(made: Ready, files: Sequence[Path], probes: Sequence[Probe], dtype: 
         probes: the prompts.
         dtype: of its weights and arithmetic.
     """
-    if made.plain.task == seq2seq.TASK:
-        (encoder, decoder), pad = files, once.pad_of(made.plain)
-        exact = None if made.relative is None else Pair(open_unrounded(encoder), open_unrounded(decoder), pad)
-        return seq2seq.replay(made.reference, Pair.open(encoder, decoder, pad), probes, dtype, made.relative, exact)
-    check = once.compare if made.once else replay
-    empty: dict[str, Any] = {"given": as_loaded({}, made.record)} if made.record else {}
-    return check(made.reference, files[0], probes, dtype, relative=made.relative, **empty)
+    if made.once:
+        return once.compare(made.reference, files[0], probes, dtype, relative=made.relative)
+    given = as_loaded({}, made.record) if made.record else None
+    return replayed(made.reference, files, probes, dtype, made.relative, given)
 
 
 def of_adapter(
     made: Ready, files: Sequence[Path], probes: Sequence[Probe], dtype: torch.dtype, adapter: Graph, given: Loaded
 ) -> Replay:
     """The model with an adapter in its slots: what `given` feeds it is to compute what the graph `adapter` does."""
-    return replay(made.reference_of(adapter), files[-1], probes, dtype, given=given, relative=made.relative)
+    return replayed(made.reference_of(adapter), files, probes, dtype, made.relative, given)
+
+
+def replayed(
+    graph: Graph,
+    files: Sequence[Path],
+    probes: Sequence[Probe],
+    dtype: torch.dtype,
+    relative: float | None,
+    given: Loaded | None,
+) -> Replay:
+    """One model that generates, or an encoder and a decoder: see `surgeon.lower.onnx.check.replay`."""
+    if len(files) == 1:
+        return replay(graph, files[0], probes, dtype, given=given, relative=relative)
+    (encoder, decoder), pad = files, once.pad_of(graph)
+    exact = None if relative is None else Pair(open_unrounded(encoder), open_unrounded(decoder), pad, given)
+    pair = replace(Pair.open(encoder, decoder, pad), given=given)
+    return seq2seq.replay(graph, pair, probes, dtype, relative, exact)

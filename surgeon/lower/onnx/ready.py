@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from surgeon.lower.onnx.codes import with_codes
 from surgeon.lower.onnx.effective import adapted
 from surgeon.lower.onnx.precision import ACTIVATIONS, BITS, Quantised, quantised
 from surgeon.lower.onnx.profiles import GQA, STANDARD, Profile
-from surgeon.lower.onnx.slots import Slots, named
+from surgeon.lower.onnx.slots import named
 from surgeon.lower.virtual_columns import as_columns
 from surgeon.passes import make
 from surgeon.passes.base import Adapter
@@ -103,31 +103,38 @@ def ready(
     plain = exportable(below, codes) if chosen is None else _supported(chosen.graph)
     if profile.package == "genai":
         genai.check(plain)
-    if plain.task == seq2seq.TASK and not swapped:
-        why = seq2seq.fallbacks(plain) if profile.attention == GQA else {}
-        return Ready(plain, seq2seq.parts(plain), profile, STANDARD, why, chosen, {}, below)
-    final, attention, fallbacks, turned = _final(
-        apart.slotted(plain, profile, targets, adapters) if swapped else plain, profile
+    parts, attention, fallbacks, turned = _parts(
+        plain, profile, lambda made_for: apart.slotted(plain, made_for, targets, adapters) if swapped else plain
     )
-    if swapped and attention == STANDARD != profile.attention:
-        standard = replace(profile, attention=STANDARD)
-        final = run.apply(apart.slotted(plain, standard, targets, adapters), make("kv_cache"))
-    record = apart.manifest(final, below, profile, dtype) if swapped else {}
+    record = apart.manifest(parts, below, profile, dtype) if swapped else {}
     if chosen is not None:
-        chosen = chosen.beside({name.rpartition(".")[0] for name in named(final)})
-    return Ready(plain, {MODEL: final}, profile, attention, fallbacks, chosen, record, below, turned)
+        chosen = chosen.beside({name.rpartition(".")[0] for part in parts.values() for name in named(part)})
+    return Ready(plain, parts, profile, attention, fallbacks, chosen, record, below, turned)
 
 
-def _final(plain: Graph, profile: Profile) -> tuple[Graph, str, dict[str, list[str]], dict[str, list[str]]]:
+_Reasons = dict[str, list[str]]
+
+
+def _parts(
+    plain: Graph, profile: Profile, slotted: Callable[[Profile], Graph]
+) -> tuple[dict[str, Graph], str, _Reasons, _Reasons]:
     """What is lowered, the kind of its attention, why that is not the profile's, and what computes rotations."""
+    if plain.task == seq2seq.TASK:
+        why = seq2seq.fallbacks(plain) if profile.attention == GQA else {}
+        return seq2seq.parts(slotted(profile)), STANDARD, why, {}
+    whole = slotted(profile)
     if plain.task in run_once.TASKS:
-        return run_once.numbered(plain), STANDARD, {}, {}
-    cached = run.apply(plain, make("kv_cache"))
+        return {MODEL: run_once.numbered(whole)}, STANDARD, {}, {}
+    final, attention = run.apply(whole, make("kv_cache")), STANDARD
     if profile.attention != GQA:
-        return cached, STANDARD, {}, {}
-    fused = gqa.fuse(cached, preloaded=any(isinstance(step, Slots) for step in plain.applied))
+        return {MODEL: final}, attention, {}, {}
+    fused = gqa.fuse(final, preloaded=whole is not plain)
     reasons, rotary = ({why: list(paths) for why, paths in said.items()} for said in (fused.reasons, fused.rotary))
-    return fused.graph, GQA if fused.fused else STANDARD, reasons, rotary
+    if fused.fused:
+        final, attention = fused.graph, GQA
+    elif whole is not plain:
+        final = run.apply(slotted(replace(profile, attention=STANDARD)), make("kv_cache"))
+    return {MODEL: final}, attention, reasons, rotary
 
 
 def exportable(graph: Graph, codes: bool = True) -> Graph:

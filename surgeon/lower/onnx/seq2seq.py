@@ -77,7 +77,7 @@ def replay(
 
     Args:
         graph: the whole model: the reference, run in fp32.
-        pair: the exported models.
+        pair: the exported models, and what their slots are fed.
         probes: the encoder's texts; they are shortened to different lengths.
         dtype: of the exported models; the bound depends on it.
         relative: see `surgeon.lower.onnx.check.replay`.

@@ -6,7 +6,8 @@ Per targeted linear y = ((u ⊙ x) Wᵀ + b + ((u ⊙ x) A) B) ⊙ s + d, with t
     <path>.out_shift d [out | 1], where the layer has a bias: b' - s ⊙ b for an adapter whose bias is b'
 
 and per attention `prefix.<i>.key`, `prefix.<i>.value` [1, h_kv, p, d], before the past; mask and positions follow, and
-`present` is without them. r and p differ from adapter to adapter and may be 0: that is the base.
+`present` is without them. Encoder-decoders have `prefix.<i>.encoder.key`, `.decoder.` and `.cross.`, three lengths p.
+r and p differ from adapter to adapter and may be 0: that is the base.
 
 Stacked, every slot of a linear has an axis of n adapters before, and `adapter_ids` [b] says which one a row has.
 """
@@ -35,10 +36,13 @@ from surgeon.targets import targeted
 aten = torch.ops.aten
 A, B, IN, OUT, SHIFT = LEAVES
 KEY, VALUE = "key", "value"
-PREFIX = "prefix_length"
+DECODER, ENCODER, CROSS = "decoder", "encoder", "cross"
+LENGTHS = {DECODER: "prefix_length", ENCODER: "encoder_prefix_length", CROSS: "cross_prefix_length"}
+"""How many columns attentions of a role have."""
 _HINT = "--targets names others; --adapters merge needs no slots"
 COUNT = "adapters"
 _TRACED, _STACK = 6, 3
+_HINTS = {DECODER: 13, ENCODER: 17, CROSS: 19}
 """The rank and the number of adapters in the metadata of a graph; exports are without them."""
 
 
@@ -105,50 +109,81 @@ class Slots(Pass):
         edit.feed(edit.mul(edit.x, slot(IN, site.inp)))
 
     def _attention(self, edit: Edit, site: Site) -> None:
-        number = {(s.layer, s.node): i for i, s in enumerate(sites(edit.graph, ATTENTION))}
+        known = places(edit.graph)
 
         def slot(word: str, size: int) -> fx.Node:
-            names = {path: f"prefix.{number[path, site.node]}.{word}" for path in edit.paths}
+            names = {path: f"prefix.{known[path, site.node]}.{word}" for path in edit.paths}
             label = f"prefix_{lengths.attentions(edit.part).index(edit.node)}_{word}"
-            return edit.model_input(names, label, edit.argument(1), (1, site.heads, _length(edit.graph), size))
+            return edit.model_input(names, label, edit.argument(1), (1, site.heads, _length(edit.graph, site), size))
 
         tables = slot(KEY, site.inp), slot(VALUE, site.out)
+        edit.write_after(wiring.inputs_of(edit.part)[-1])  # a layer's own biases are computed before its attention
         count = edit.call(aten.sym_size.int, tables[0], 2)
+        edit.write_after(edit.y)
         columns.attach(edit, tables, dropout=0, hidden=True, biased=True, added=None, count=count)
 
     def finish(self, graph: Graph, owner: str) -> None:
-        """Tokens are numbered from the prefix on."""
-        if self.prefix:
-            biases.widen_trunk(graph, owner, _count(Edit.of_trunk(graph, owner)), every=True)
-            positions.shift(graph, owner, _count)
+        """Tokens are numbered from the prefix on; an encoder's keep their numbers where there is a decoder."""
+        if not self.prefix:
+            return
+        layers: dict[str, set[str]] = {}
+        for site in sites(graph, ATTENTION):
+            layers.setdefault(site.role, set()).add(site.layer)
+        for role in [role for role in layers if role != CROSS]:
+            count = _count(Edit.of_trunk(graph, owner), role)
+            biases.widen_trunk(graph, owner, count, every=True, layers=layers[role])
+        positions.shift(graph, owner, lambda edit: _count(edit, DECODER))
+
+
+def places(graph: Graph) -> dict[tuple[str, str], str]:
+    """(layer, node) of every attention → what its prefix is called: a number, and its role in an encoder-decoder."""
+    found: dict[tuple[str, str], str] = {}
+    counts: dict[str, int] = {}
+    both = "decoder_input_ids" in graph.inputs
+    for site in sites(graph, ATTENTION):
+        role = f".{site.role}" if both else ""
+        found[site.layer, site.node] = f"{counts.setdefault(role, 0)}{role}"
+        counts[role] += 1
+    return found
 
 
 def _inputs(graph: Graph) -> dict[str, fx.Node]:
     return dict(zip(graph.inputs, wiring.inputs_of(graph.trunk), strict=True))
 
 
-def _length(graph: Graph) -> torch.SymInt:
-    """The symbolic number of columns, one for the whole graph."""
-    known = _inputs(graph).get("prefix.0.key")
+def _role(name: str) -> str:
+    """Of the attention that a prefix is for."""
+    word = name.split(".")[2]
+    return word if word in LENGTHS else DECODER
+
+
+def _first(graph: Graph, role: str) -> fx.Node | None:
+    """The first prefix of a role."""
+    return next((n for name, n in _inputs(graph).items() if name.startswith("prefix.") and _role(name) == role), None)
+
+
+def _length(graph: Graph, site: Site) -> torch.SymInt:
+    """The symbolic number of columns, one for all attentions of a role."""
+    known = _first(graph, site.role)
     if known is not None:
         found: torch.SymInt = known.meta["val"].shape[2]
         return found
     environment = lengths.token_ids(graph).meta["val"].fake_mode.shape_env
-    source = ConstantSource(PREFIX)
-    made = environment.create_symbol(13, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
-    size: torch.SymInt = environment.create_symintnode(made, hint=13, source=source)
+    source, hint = ConstantSource(LENGTHS[site.role]), _HINTS[site.role]
+    made = environment.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+    size: torch.SymInt = environment.create_symintnode(made, hint=hint, source=source)
     return size
 
 
-def _count(edit: Edit) -> fx.Node:
+def _count(edit: Edit, role: str) -> fx.Node:
     """The number of columns, in the graph that is being edited."""
-    trunk = Edit.of_trunk(edit.graph, edit.owner)
-    known = next((node for node in trunk.part.nodes if node.meta.get(PREFIX)), None)
+    trunk, label = Edit.of_trunk(edit.graph, edit.owner), LENGTHS[role]
+    known = next((node for node in trunk.part.nodes if node.meta.get("columns") == label), None)
     if known is None:
         trunk.write_after(wiring.inputs_of(trunk.part)[-1])
-        known = trunk.call(aten.sym_size.int, _inputs(edit.graph)["prefix.0.key"], 2)
-        known.meta[PREFIX] = True
-    return known if edit.part is trunk.part else edit.hand(PREFIX, dict.fromkeys(edit.paths, known))
+        known = trunk.call(aten.sym_size.int, _first(edit.graph, role), 2)
+        known.meta["columns"] = label
+    return known if edit.part is trunk.part else edit.hand(label, dict.fromkeys(edit.paths, known))
 
 
 def named(graph: Graph) -> list[str]:
@@ -162,7 +197,7 @@ def shape_of(name: str, value: torch.Tensor) -> tuple[int | str, ...]:
         return ("batch_size",)
     path, _, leaf = name.rpartition(".")
     if leaf not in LEAVES:
-        return (1, int(value.shape[1]), PREFIX, int(value.shape[3]))
+        return (1, int(value.shape[1]), LENGTHS[_role(name)], int(value.shape[3]))
     sizes: tuple[int | str, ...] = (f"{name}.size",)
     if leaf in (A, B):
         sizes = (int(value.shape[-2]), f"{path}.rank") if leaf == A else (f"{path}.rank", int(value.shape[-1]))
@@ -173,7 +208,8 @@ def sized(size: int | str, sizes: Mapping[str, int]) -> int:
     """A size of a slot in a run on shapes alone; a factor is traced as one number."""
     if isinstance(size, int):
         return size
-    known = {PREFIX: sizes["prefix"], COUNT: sizes["adapters"]}
+    known = dict.fromkeys(LENGTHS.values(), sizes["prefix"])
+    known |= {LENGTHS[CROSS]: sizes["cross"], COUNT: sizes["adapters"]}
     return known.get(size, sizes["rank"] if size.endswith(".rank") else 1)
 
 

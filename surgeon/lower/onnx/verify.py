@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 from surgeon.errors import CheckFailed, UnsupportedError, UsageError
 from surgeon.lower.onnx import pair
 from surgeon.lower.onnx.adapter_file import Loaded, as_loaded, load
-from surgeon.lower.onnx.files import AGAIN, MANIFEST, check_files
+from surgeon.lower.onnx.files import AGAIN, MANIFEST, MODEL, check_files
 from surgeon.lower.onnx.session import (
     Array,
     empty_cache,
@@ -31,7 +31,8 @@ from surgeon.lower.onnx.session import (
 )
 
 SCHEMA = 1
-MODEL = "model.onnx"
+Run = Callable[[Mapping[str, Any], float, Loaded | None], tuple[float, float]]
+"""Error and agreement of one batch of a record, by its bound, with an adapter."""
 
 
 @dataclass(frozen=True)
@@ -121,17 +122,25 @@ def _replayed(folder: Path, record: Mapping[str, Any]) -> list[tuple[float, floa
     """Error and agreement of every batch."""
     verified = record["verified"]
     batches, bound, pad = verified["batches"], float(verified["bound"]), int(record.get("pad", 0))
-    if "encoder" in record:
-        both = pair.open_record(folder, record)
-        return [pair.forced(both, batch, record["first"], bound) for batch in batches]
-    session = open_session(folder / record.get("model", MODEL))
     if not verified["steps"]:
+        session = open_session(folder / record.get("model", MODEL))
         return [_once(session, batch, pad) for batch in batches]
+    run = _two(folder, record) if "encoder" in record else _one(folder, record)
     slots = as_loaded({}, record) if "slots" in record else None
-    results = [_forced(session, batch, bound, slots) for batch in batches]
+    results = [run(batch, bound, slots) for batch in batches]
     for adapter in record.get("adapters", ()):
-        results += _adapted(session, folder, adapter, record)
+        results += _adapted(run, folder, adapter, record)
     return results
+
+
+def _one(folder: Path, record: Mapping[str, Any]) -> Run:
+    session = open_session(folder / record.get("model", MODEL))
+    return lambda batch, bound, given: _forced(session, batch, bound, given)
+
+
+def _two(folder: Path, record: Mapping[str, Any]) -> Run:
+    both, first = pair.open_record(folder, record), record["first"]
+    return lambda batch, bound, given: pair.forced(replace(both, given=given), batch, first, bound)
 
 
 def _check_machine(record: Mapping[str, Any], folder: Path) -> None:
@@ -143,7 +152,7 @@ def _check_machine(record: Mapping[str, Any], folder: Path) -> None:
 
 
 def _adapted(
-    session: Any, folder: Path, adapter: Mapping[str, Any], record: Mapping[str, Any]
+    run: Run, folder: Path, adapter: Mapping[str, Any], record: Mapping[str, Any]
 ) -> list[tuple[float, float]]:
     """Error and agreement of the batches of one of the export's adapters, the error as if its bound were the base's."""
     verified, fed = adapter["verified"], load(folder / adapter["file"], folder)
@@ -151,7 +160,7 @@ def _adapted(
         return []
     given = replace(fed, ids=(1,)) if fed.ids else fed
     own, bound = float(verified["bound"]), float(record["verified"]["bound"])
-    found = [_forced(session, batch, own, given) for batch in verified["batches"]]
+    found = [run(batch, own, given) for batch in verified["batches"]]
     return [(error * bound / own, agreement) for error, agreement in found]
 
 
