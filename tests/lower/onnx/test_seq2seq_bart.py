@@ -97,7 +97,6 @@ def test_the_layout_is_that_of_transformers_js(merged: Any, tmp_path: Path, monk
     ("options", "error", "words"),
     [
         ({"profile": "genai"}, UnsupportedError, "GenAI runs no encoder-decoder like bart"),
-        ({"adapters": "slots"}, UnsupportedError, "slots are for causal language models; bart"),
         ({"profile": "web", "demo": Path()}, UsageError, "the page is for causal language models"),
     ],
 )
