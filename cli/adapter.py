@@ -31,6 +31,9 @@ def command(
     adapter of another base. Several folders are one adapter, if no two fill the same slot; for a stacked export they
     are adapters 1, 2, … of which every row of a batch has one, by adapter_ids; 0 is the base.
 
+    For an encoder-decoder x.onnx_adapter is two files, x.encoder_model.onnx_adapter and
+    x.decoder_model_merged.onnx_adapter, one for each model.
+
     ONNX Runtime does not look at the version in the file: load it with surgeon.lower.onnx.adapter_file.load, which
     does, or check it once with that.
 

@@ -287,6 +287,7 @@ def test_what_is_refused_is_said_in_three_lines(
     given = graph if why == "prompt" else replace(adapted("lora"), source=str(folder_of("llama")))
     monkeypatch.setattr(adapter, "read", lambda *of: given)
     monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
     assert main(["adapter", "mine/", "--for", str(exported)]) != 0
     lines = capsys.readouterr().err.strip().splitlines()
     assert (len(lines), said in lines[0], "mine" in lines[1]) == (3, True, True)
