@@ -26,7 +26,7 @@ def test_the_adapter_of_a_quantised_base_is_swapped(method: str, operator: str, 
     assert report.token_agreement == 1
     record = json.loads((out / "surgeon.json").read_text())
     (adapter,) = record["adapters"]
-    assert (adapter["file"], adapter["verified"]["token_agreement"]) == ("adapters/tuned.onnx_adapter", 1.0)
+    assert (adapter["file"], adapter["verified"]["token_agreement"]) == ("adapters/work.onnx_adapter", 1.0)
     assert record["base"]["codes"] != []
     base, own = (entry["verified"]["batches"][0]["best_logits"] for entry in (record, adapter))
     assert base != own

@@ -18,7 +18,18 @@ from benchmarks.zoo.oracles import nudged
 from surgeon import api, run
 from surgeon.errors import CheckFailed, UnsupportedError, UsageError
 from surgeon.graph import Graph
-from surgeon.lower.onnx import adapter, adapter_file, adapter_slots, adapters, check, export, precision, ready, verify
+from surgeon.lower.onnx import (
+    adapter,
+    adapter_file,
+    adapter_slots,
+    adapters,
+    check,
+    effective,
+    export,
+    precision,
+    ready,
+    verify,
+)
 from surgeon.lower.onnx.profiles import find
 from surgeon.lower.onnx.unrounded import open_unrounded
 from surgeon.passes import make, parse
@@ -50,7 +61,7 @@ def record(report: export.OnnxReport) -> dict[str, Any]:
 def in_codes(graph: Graph, record: dict[str, Any]) -> Graph:
     """What the export computes with an adapter, in torch."""
     step: Any = parse(record["quantised"]["codes"])
-    return precision.adapter_reference(graph, step)
+    return effective.adapted(graph, step)
 
 
 def agreed(session: Any, graph: Graph, given: adapter_file.Loaded | None = None) -> None:
@@ -133,7 +144,7 @@ def test_one_file_fits_the_exports_of_every_precision(record: dict[str, Any]) ->
 
 def test_what_stays_refused(report: export.OnnxReport, tmp_path: Path) -> None:
     options: dict[str, Any] = {"precision": "int4", "adapters": "slots"}
-    with pytest.raises(UnsupportedError, match="slots are for causal language models") as failed:
+    with pytest.raises(UnsupportedError, match="slots are for models that generate") as failed:
         export.export_onnx(base_of("bert")[1], tmp_path / "onnx", **options)
     assert "--adapters merge" in str(failed.value)
     moved = api.apply(folder_of("llama"), "intq", group=16).graph
