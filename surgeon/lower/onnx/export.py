@@ -211,7 +211,7 @@ def _checked(profile: str, precision: str, four_bit: str, adapters: str) -> Prof
 
 def _saved(models: Sequence[tuple[ir.Model, Layout]], made: Ready, folder: Path, form: str, note: str) -> Placed:
     """Write the models and their tensors."""
-    if made.profile.package == web.PACKAGE:
+    if made.profile.package == web.PACKAGE and not made.once:  # a classifier's head sees no tokens
         for model, _ in models:
             web.keep_last(model)
     placed = place([(model, names.data) for model, names in models], made.plain, folder, form, note)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from benchmarks.zoo.folders import base_of
+from benchmarks.zoo.graphs import graph_of
 from surgeon.lower.onnx import export, web
 from surgeon.lower.onnx import session as ort
 from surgeon.lower.onnx.profiles import PROFILES
@@ -60,3 +62,12 @@ def test_the_head_sees_as_many_tokens_as_are_asked_for(exported: export.OnnxRepo
 
 def test_no_file_tells_where_it_was_made(exported: export.OnnxReport) -> None:
     assert traces(exported.folder) == []
+
+
+@pytest.mark.parametrize(("family", "task"), [("bert", "sequence-classification"), ("distilbert", "features")])
+def test_what_is_run_once_chooses_no_tokens(family: str, task: str, tmp_path: Path) -> None:
+    made = export.export_onnx(graph_of(family, task), tmp_path / "web", profile="web")
+    assert [value.name for value in ir.load(made.folder / "onnx/model.onnx").graph.inputs][:1] == ["input_ids"]
+    assert web.KEEP not in {value.name for value in ir.load(made.folder / "onnx/model.onnx").graph.inputs}
+    assert made.replay is not None
+    assert made.replay.max_error < 1e-4
