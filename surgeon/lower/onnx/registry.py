@@ -10,27 +10,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-try:  # torch has no public name for it: where it moves, every call reads it again
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-except ImportError:
-    ONNXRegistry = None  # type: ignore[misc, assignment]
 _READ = "from_torchlib"
 
 
 @contextmanager
 def read_once() -> Iterator[None]:
     """In this context torch's exporter gets the forms that an earlier call has read; it does not change them."""
-    given = None if ONNXRegistry is None else vars(ONNXRegistry).get(_READ)
+    registry = _registry()
+    given = None if registry is None else vars(registry).get(_READ)
     if not isinstance(given, classmethod):
         yield
         return
-    setattr(ONNXRegistry, _READ, functools.partial(_read, given.__func__))
+    setattr(registry, _READ, functools.partial(_read, given.__func__, registry))
     try:
         yield
     finally:
-        setattr(ONNXRegistry, _READ, given)
+        setattr(registry, _READ, given)
+
+
+def _registry() -> Any:
+    """torch has no public name for it: None where it has moved, and every call reads it again."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:
+        return None
+    return ONNXRegistry
 
 
 @functools.cache
-def _read(read: Callable[..., Any], **options: Any) -> Any:
-    return read(ONNXRegistry, **options)
+def _read(read: Callable[..., Any], registry: Any, **options: Any) -> Any:
+    return read(registry, **options)

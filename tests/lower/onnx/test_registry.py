@@ -42,6 +42,6 @@ def test_exports_leave_it_as_it_is() -> None:
 
 @pytest.mark.parametrize("moved", [None, SimpleNamespace()])
 def test_where_torch_has_moved_it_nothing_is_done(moved: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "ONNXRegistry", moved)
+    monkeypatch.setattr(registry, "_registry", lambda: moved)
     with read_once():
         assert ONNXRegistry.from_torchlib() is not ONNXRegistry.from_torchlib()
