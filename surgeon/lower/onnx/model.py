@@ -20,6 +20,7 @@ from surgeon.lower.onnx.join import WIDE, Joined, Shape, finish, typed
 from surgeon.lower.onnx.packed import packed
 from surgeon.lower.onnx.parts import META, SIZES, Part, Shapes, input_name, lower_part, lowered, segments, turnable
 from surgeon.lower.onnx.profiles import BLOCKS, DEFAULT, GQA, PROFILES, Profile
+from surgeon.lower.onnx.scalars import unshare
 from surgeon.module import read_tensor
 from surgeon.wiring import inputs_of
 
@@ -71,6 +72,8 @@ def build(
         fuse(model)
     if form.norms:
         join_sums(model, joined.sums)
+    if profile.package == "openvino":
+        unshare(model)
     return model
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
+import openvino
 import pytest
 import torch
 
@@ -17,11 +19,13 @@ from surgeon import halves
 from surgeon.errors import UnsupportedError
 from surgeon.lower.onnx import adapter_file, adapter_slots, adapter_stack, adapters
 from surgeon.lower.onnx.pair import open_record
+from surgeon.lower.onnx.scalars import unshare
 from surgeon.lower.onnx.slots import Slots, named
 from surgeon.lower.onnx.verify import verify
 from surgeon.passes import make
 from surgeon.run import apply
 from surgeon.stream import StreamingExecutor
+from tests.lower.onnx.runtimes import EXACT
 from tests.lower.onnx.test_seq2seq import ERROR, texts
 from tests.lower.onnx.test_seq2seq_slots import STEPS, adapted, slotted
 
@@ -53,6 +57,18 @@ def test_t5s_position_biases_see_a_prefix_of_either_side() -> None:
     assert (plain - expected).abs().max() > 1e-2 * expected.abs().max()
 
 
+def test_choices_do_not_share_a_number() -> None:
+    """OpenVINO compiles no attention whose mask and whose guard of empty rows read one 0."""
+    x, zero = ir.val("x", ir.DataType.FLOAT, [2]), ir.val("zero", const_value=ir.tensor(np.float32(0), name="zero"))
+    seen = ir.val("seen", ir.DataType.BOOL, [2])
+    nodes = [ir.node("Where", [seen, x, zero], name=name) for name in ("mask", "guard")]
+    graph = ir.Graph([x, seen], [node.outputs[0] for node in nodes], nodes=nodes, initializers=[zero])
+    unshare(ir.Model(graph, ir_version=10))
+    found = [node.inputs[2] for node in nodes]
+    assert len({value.name for value in found if value is not None}) == 2
+    assert [float(value.const_value.numpy()) for value in found if value and value.const_value] == [0, 0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("profile", ["ort", "web", "openvino"])
 def test_t5(profile: str, lowered_once: None, tmp_path: Path) -> None:
@@ -62,11 +78,30 @@ def test_t5(profile: str, lowered_once: None, tmp_path: Path) -> None:
     assert record["slots"]["optional"] is (profile == "ort")
     assert [entry["verified"]["token_agreement"] for entry in told["adapters"]] == [1.0] * 3
     assert verify(out).token_agreement == 1.0
-    if profile != "ort":
-        loaded = adapter_file.load(out / "adapters" / "dora.safetensors", out)
-        assert set(loaded.inputs) == set(record["slots"]["inputs"])
-        with pytest.raises(ValueError, match="Required inputs"):
-            open_record(out, told).encode([[5, 6]])
+    if profile == "ort":
+        return
+    loaded, pair = adapter_file.load(out / "adapters" / "dora.safetensors", out), open_record(out, told)
+    assert set(loaded.inputs) == set(record["slots"]["inputs"])
+    for session, names in zip((pair.encoder, pair.decoder), record["slots"]["parts"].values(), strict=True):
+        assert set(names) < {node.name for node in session.get_inputs()}
+
+
+@pytest.mark.slow
+def test_openvino_computes_the_same_with_an_adapter(tmp_path: Path) -> None:
+    graph = adapted("prefix", "t5")
+    out = slotted("t5", tmp_path / "onnx", profile="openvino", given={"mine": graph}, targets="wo")
+    record, told = adapter_file.read_export(out), json.loads((out / "surgeon.json").read_text())
+    loaded, pair = adapter_file.load(out / "adapters" / "mine.safetensors", out), open_record(out, told)
+    first = replace(pair, given=loaded).encode([[5, 6, 7], [9, 4]])
+    expected = replace(pair, given=loaded).step(np.array([[0, 8], [0, 3]]), first)[0]
+    core = openvino.Core()
+    encoder, decoder = (core.compile_model(str(out / told[word]), "CPU", EXACT) for word in ("encoder", "model"))
+    parts = [{name: loaded.inputs[name] for name in names} for names in record["slots"]["parts"].values()]
+    ids = np.array([[5, 6, 7], [9, 4, pair.pad]])
+    states = encoder({"input_ids": ids, "attention_mask": first["encoder_attention_mask"], **parts[0]})
+    given = {**first, "encoder_hidden_states": states["last_hidden_state"], "input_ids": np.array([[0, 8], [0, 3]])}
+    found = decoder({**given, **parts[1]})["logits"]
+    assert np.abs(found - expected).max() <= ERROR * np.abs(expected).max()
 
 
 @pytest.mark.slow
