@@ -19,6 +19,9 @@ def command(
     profile: Annotated[
         str, typer.Option(help="onnx: the runtimes it is for: ort, genai, web or openvino. Default: ort.")
     ] = "",
+    opset: Annotated[
+        int | None, typer.Option(help="onnx: 21 (default), or 23: ONNX's own Attention, nothing of com.microsoft.")
+    ] = None,
     precision: Annotated[
         str,
         typer.Option(help="onnx: fp32 (default), fp16, int8, int4; triton: fp32, fp16, bf16 (default: the base's)."),
@@ -87,10 +90,12 @@ def command(
         options |= {"precision": precision or "fp32", "codes": codes, "four_bit": four_bit}
         options |= {"profile": profile} if profile else {}
         options |= {"weights": weights} if weights else {}
+        options |= {} if opset is None else {"opset": opset}
         options |= {"adapters": adapters, "targets": targets, "prefix_slots": prefix_slots, "adapter": adapter or []}
         options |= {"demo": True, "runtime": runtime} if demo else {}
     apart = "" if adapters == "merge" else adapters
-    require(target, "onnx", {"--profile": profile, "--weights": weights, "--demo": demo, "--adapters": apart})
+    given = {"--profile": profile, "--weights": weights, "--demo": demo, "--adapters": apart}
+    require(target, "onnx", given | {"--opset": opset is not None})
     require(target, "triton", {"--arch": arch, "--keep-adapter": keep_adapter is not None})
     if adapters == "merge" and (adapter or prefix_slots or targets != "all-linear"):
         what = "--adapter, --targets and --prefix-slots are for an export whose adapters are inputs"

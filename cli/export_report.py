@@ -53,9 +53,11 @@ def view(report: OnnxReport) -> RenderableType:
     files = ", ".join(f"{name} {output.size(size)}" for name, size in report.files.items())
     fields = {"wrote": str(report.folder), "files": files, "profile": report.profile}
     fields["precision"] = f"{report.precision}, opset {report.opset}"
-    fields["attention"] = {"gqa": "GroupQueryAttention"}.get(report.attention, "standard operators")
+    names = {"gqa": "GroupQueryAttention", "fused": "Attention"}
+    wanted = names["gqa" if report.opset == 21 else "fused"]
+    fields["attention"] = names.get(report.attention, "standard operators")
     for why, paths in report.fallbacks.items():
-        fields["attention"] += f"; no GroupQueryAttention: {why} ({paths[0]}{', …' if len(paths) > 1 else ''})"
+        fields["attention"] += f"; no {wanted}: {why} ({paths[0]}{', …' if len(paths) > 1 else ''})"
     fields["weights"] = weights_line(report.weights)
     replay = report.replay
     if replay:

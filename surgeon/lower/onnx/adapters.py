@@ -45,8 +45,7 @@ def slotted(plain: Graph, profile: Profile, targets: str, form: str = SLOTTED) -
 
     Args:
         plain: the base as it is exported, before it has a cache.
-        profile: what it is made for; attentions of a profile with fused ones have no prefix, but for those of
-            encoder-decoders, which are never fused.
+        profile: what it is made for; a GroupQueryAttention has no prefix, and encoder-decoders have none of those.
         targets: the linears, see `surgeon.select`.
         form: "slots" or "stacked", whose attentions have no prefix.
 
@@ -56,8 +55,9 @@ def slotted(plain: Graph, profile: Profile, targets: str, form: str = SLOTTED) -
     if plain.task not in ("causal-lm", SEQ2SEQ):
         what = f"slots are for models that generate; {plain.config.model_type} is read for {plain.task}"
         raise UnsupportedError(what, plain.source, "--adapters merge")
-    stacked, standard = form == STACKED, profile.attention == STANDARD or plain.task == SEQ2SEQ
-    prefix = standard and bool(sites(plain, ATTENTION)) and not stacked
+    stacked = form == STACKED
+    prefix = profile.prefix_slots or profile.attention == STANDARD or plain.task == SEQ2SEQ
+    prefix = prefix and bool(sites(plain, ATTENTION)) and not stacked
     return run.apply(plain, Slots(targets=targets, prefix=prefix, stacked=stacked))
 
 

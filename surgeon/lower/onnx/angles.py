@@ -71,6 +71,11 @@ class Angles:
         """The angles of the tokens at hand, row after row `[b t, r / 2]`."""
         return self._once((node, table, False), node.next, lambda: (in_a_row, (node, table)))
 
+    def of_tokens(self, node: fx.Node, table: str) -> fx.Node:
+        """The angles of the tokens at hand `[b, t, r / 2]`."""
+        key = (node, f"{table} of tokens", False)
+        return self._once(key, node.next, lambda: (of_tokens, (node, self.inputs[IDS], table)))
+
     def places(self, node: fx.Node) -> fx.Node:
         """Which of the current angles each token has `[b, t]`."""
         return self._once((node, "", False), node.next, lambda: (places, (node, self.inputs[IDS])))
@@ -135,6 +140,11 @@ class Angles:
 def in_a_row(angles: torch.Tensor, table: str) -> torch.Tensor:
     """`[b, t, r | r / 2]` → `[b t, r / 2]`."""
     return _angles(angles, table).flatten(0, 1)
+
+
+def of_tokens(angles: torch.Tensor, ids: torch.Tensor, table: str) -> torch.Tensor:
+    """`[b | 1, t, r | r / 2]` → `[b, t, r / 2]`, for as many rows as ids `[b, ..]` have."""
+    return _angles(angles, table).expand(ids.shape[0], -1, -1)
 
 
 def places(angles: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

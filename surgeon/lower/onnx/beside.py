@@ -13,7 +13,7 @@ import transformers
 from surgeon.graph import Graph
 from surgeon.lower.onnx import genai
 from surgeon.lower.onnx.check import Replay
-from surgeon.lower.onnx.profiles import GQA, Profile
+from surgeon.lower.onnx.profiles import FUSED, GQA, Profile
 from surgeon.lower.onnx.verify import SCHEMA
 
 
@@ -56,7 +56,7 @@ def attention(kind: str, fallbacks: Mapping[str, list[str]], rotary: Mapping[str
     """The manifest's word on attention: what a runtime may do with the cache."""
     own = kind == GQA
     return {
-        "operator": "com.microsoft.GroupQueryAttention" if own else "standard",
+        "operator": {GQA: "com.microsoft.GroupQueryAttention", FUSED: "Attention"}.get(kind, "standard"),
         "fallbacks": dict(fallbacks),
         "rotary": dict(rotary),
         "padding": "left or right",

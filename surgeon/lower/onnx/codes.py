@@ -64,13 +64,13 @@ class Form:
         four_bit: NF4 and FP4 as "standard" operators or as "bnb4".
         level: of MatMulNBits' accuracy: 1 computes in fp32, 4 rounds its input to 8 bits, which is faster.
         blocks: integers as standard DequantizeLinear in blocks, not as MatMulNBits.
-        norms: RMS norms are ONNX Runtime's own operator.
+        norms: the operator that RMS norms are, see `surgeon.lower.onnx.norms`; None for what torch writes.
     """
 
     four_bit: str = "standard"
     level: int = 1
     blocks: bool = False
-    norms: bool = False
+    norms: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None = None
 
 
 def prepared(graph: Graph, form: Form) -> Graph:

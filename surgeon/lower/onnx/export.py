@@ -32,7 +32,7 @@ from surgeon.lower.onnx.files import files_of, records
 from surgeon.lower.onnx.model import build
 from surgeon.lower.onnx.pair import ENCODER
 from surgeon.lower.onnx.precision import FAST, Linear
-from surgeon.lower.onnx.profiles import DEFAULT, GQA, STANDARD, Profile, find
+from surgeon.lower.onnx.profiles import DEFAULT, GQA, PORTABLE, STANDARD, Profile, find
 from surgeon.lower.onnx.ready import Ready, ready
 from surgeon.lower.onnx.web import Layout, layout
 from surgeon.resident import peak_bytes
@@ -53,7 +53,7 @@ class OnnxReport:
         precision: "fp32", "fp16", "int8" or "int4".
         opset: the ONNX opset.
         profile: what it was made for, see `surgeon.lower.onnx.profiles`.
-        attention: what computes it, "gqa" or "standard".
+        attention: what computes it, "gqa", "fused" or "standard"; in the layers of `fallbacks` it is standard.
         fallbacks: why not what the profile has: reason → paths of the layers.
         weights: where its tensors are, see `surgeon.lower.onnx.bind`.
         linears: of int8 and int4, what became of each linear, see `surgeon.lower.onnx.precision`.
@@ -108,6 +108,7 @@ def export_onnx(
     adapters: str = apart.MERGE,
     targets: str = "all-linear",
     prefix_slots: bool = False,
+    opset: int = PORTABLE,
     given: Mapping[str, Graph] | None = None,
     demo: Path | None = None,
 ) -> OnnxReport:
@@ -138,22 +139,25 @@ def export_onnx(
             those of the graph a file of their own; "stacked" lets every row of a batch choose one of several.
         targets: the linears that have slots.
         prefix_slots: standard attention, whatever the profile has, so that prefixes are slots too; without, keys and
-            values before the text are what a fused attention's cache starts with.
+            values before the text are what the cache of a GroupQueryAttention starts with.
+        opset: 21, which every runtime reads, or 23: attentions, rotary embeddings and RMS norms are ONNX's own
+            operators where they compute the same, and nothing is of com.microsoft but what browsers need for integers.
         given: more adapters of the same base, by name, to compile and verify with the export.
         demo: for profile "web": put a page that runs the model beside it, with the runtime of this folder.
 
     Raises:
         CheckFailed: ONNX Runtime computes something else; nothing is left behind.
         UnsupportedError: a part of the model has no ONNX form, or no place in the profile.
-        UsageError: no such precision or profile, or `out` exists.
+        UsageError: no such precision, profile or opset, or `out` exists.
     """
     began = time.perf_counter()
-    made_for = _checked(profile, precision, four_bit, adapters)
+    made_for = _checked(profile, precision, four_bit, adapters).at(opset)
     check_target(Path(out), overwrite)
     if demo is not None:
         page.check(made_for, tokenizer, graph.task)
     if prefix_slots:
-        made_for = replace(made_for, attention=STANDARD)
+        kind = STANDARD if made_for.attention == GQA else made_for.attention
+        made_for = replace(made_for, attention=kind, prefix_slots=True)
     dtype = PRECISIONS[precision]
     made = ready(graph, made_for, dtype, precision, codes, four_bit, adapters, targets)
     form, note = choose(weights, made_for, made.plain, dtype, Path(out).absolute().parent)

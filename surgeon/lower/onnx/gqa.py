@@ -10,7 +10,7 @@ com.microsoft.RotaryEmbedding, or as the model writes them: see `surgeon.lower.o
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,10 @@ from surgeon import positions
 from surgeon.graph import MODEL_DTYPE, Graph, copied, sweep, val
 from surgeon.lower.onnx import group_query, rotary
 from surgeon.lower.onnx.angles import Angles
-from surgeon.lower.onnx.rows import give_rows, in_rows
+from surgeon.lower.onnx.handed import Handed
+from surgeon.lower.onnx.rows import give_rows, in_rows, is_written
 from surgeon.sites import has_argument
-from surgeon.wiring import add_input, call_of, calls_of, inputs_of, prune
+from surgeon.wiring import calls_of, inputs_of, prune
 
 aten = torch.ops.aten
 MULTIPLE = 8
@@ -59,18 +60,18 @@ def fuse(graph: Graph, *, preloaded: bool = False) -> Fused:
     """
     reasons: dict[str, list[str]] = {}
     for part, paths in [(graph.trunk, ["the trunk"]), *graph.groups()]:
-        for node in _attentions(part):
+        for node in attentions(part):
             why = "it is in no layer" if part is graph.trunk else _unfit(graph, node, paths)
             if why:
                 reasons.setdefault(why, []).extend(paths)
-    if not any(_attentions(part) for part, _ in graph.groups()):
+    if not any(attentions(part) for part, _ in graph.groups()):
         reasons["the model has no attention that surgeon knows"] = ["the model"]
     if reasons:
         return Fused(graph, reasons, {})
     fusion = _Fusion(graph, preloaded=preloaded)
     for shared, paths in graph.groups():
         part, _ = copied(shared)
-        for node in _attentions(part):
+        for node in attentions(part):
             fusion.replace(part, paths, node)
         sweep(part)
         fusion.made.layers.update(dict.fromkeys(paths, part))
@@ -79,15 +80,12 @@ def fuse(graph: Graph, *, preloaded: bool = False) -> Fused:
     return Fused(fusion.made, {}, fusion.rotary)
 
 
-class _Fusion:
+class _Fusion(Handed):
     """Replaces the attentions of a copy of a graph; what all layers need is computed once, in the trunk."""
 
     def __init__(self, graph: Graph, *, preloaded: bool) -> None:
-        self.made = graph.copy()
-        self.made.trunk, _ = copied(graph.trunk)
-        self.trunk = self.made.trunk
+        super().__init__(graph)
         self.angles = Angles(graph, self.trunk, 0 if preloaded else positions.limit(graph))
-        self.inputs = {str(node.target): node for node in inputs_of(self.trunk)}
         self.rotary: dict[str, list[str]] = {}
         self._added: dict[tuple[fx.Node, int], fx.Node] = {}
         mask, last = self.inputs["attention_mask"], inputs_of(self.trunk)[-1]
@@ -97,7 +95,7 @@ class _Fusion:
 
     def replace(self, part: fx.Graph, paths: list[str], node: fx.Node) -> None:
         """The operator in the place of one attention."""
-        keys, values = _past(node, 1), _past(node, 2)
+        keys, values = past_of(node, 1), past_of(node, 2)
         assert keys is not None
         assert values is not None
         given: list[Any] = [*node.args[3:], None, None]
@@ -105,9 +103,9 @@ class _Fusion:
         options: dict[str, Any] = {k: node.kwargs[k] for k in ("scale", "window", "softcap") if k in node.kwargs}
         options["heads"] = int(val(node.args[0]).shape[1])
         chunk = int(str(node.kwargs.get("chunk", 0)))
-        added = self._hand(part, paths, mask, f"added_{chunk}", lambda known: self._sum(known, chunk))
-        lengths = self._hand(part, paths, mask, "lengths", lambda _: self.lengths)
-        total = self._hand(part, paths, mask, "total", lambda _: self.total)
+        added = self.hand(part, paths, mask, f"added_{chunk}", lambda known: self._sum(known, chunk))
+        lengths = self.hand(part, paths, mask, "lengths", lambda _: self.lengths)
+        total = self.hand(part, paths, mask, "total", lambda _: self.total)
         rows, angles, more = self._turned(part, paths, node, (node.args[0], keys[1], values[1]))
         with part.inserting_before(node):
             added = added if bias is None else part.call_function(group_query.biased, (added, bias))
@@ -134,10 +132,10 @@ class _Fusion:
             return [in_rows(x) for x in given], (None, None), {}
         rows, tables, make = [in_rows(x) for x in (found.x, other.x, v)], (found.cos, found.sin), found.table
         if how == OWN:
-            cos, sin = (self._hand(part, paths, t, "table", lambda one: self.angles.table(one, make)) for t in tables)
+            cos, sin = (self.hand(part, paths, t, "table", lambda one: self.angles.table(one, make)) for t in tables)
             return rows, (cos, sin), {"pairs": found.pairs}
-        cos, sin = (self._hand(part, paths, t, "angles", lambda one: self.angles.current(one, make)) for t in tables)
-        places = self._hand(part, paths, found.cos, "places", self.angles.places)
+        cos, sin = (self.hand(part, paths, t, "angles", lambda one: self.angles.current(one, make)) for t in tables)
+        places = self.hand(part, paths, found.cos, "places", self.angles.places)
         with part.inserting_before(node):
             for position, x in enumerate((q, k)):
                 options = {"heads": int(val(x).shape[1]), "pairs": found.pairs}
@@ -147,28 +145,11 @@ class _Fusion:
 
     def _how(self, part: fx.Graph, paths: list[str], found: rotary.Rotation, size: int) -> str:
         """What computes a rotation in all of the layers."""
-        pairs = {(self._given(part, path, found.cos), self._given(part, path, found.sin)) for path in paths}
+        pairs = {(self.given(part, path, found.cos), self.given(part, path, found.sin)) for path in paths}
         if not all(self.angles.has(node, found.table) for pair in pairs for node in pair):
             return WRITTEN
         fits = found.channels % (2 * MULTIPLE) == 0 == size % (2 * MULTIPLE)
         return OWN if fits and all(self.angles.relative(*pair, found.table) for pair in pairs) else NODE
-
-    def _given(self, part: fx.Graph, path: str, node: fx.Node) -> Any:
-        """What the trunk gives a layer for an input."""
-        return call_of(self.trunk, path).args[inputs_of(part).index(node)]
-
-    def _hand(
-        self, part: fx.Graph, paths: list[str], source: fx.Node, label: str, make: Callable[[fx.Node], fx.Node]
-    ) -> fx.Node:
-        """One more input of a layer, made in the trunk of what it gives for another one."""
-        name = f"{source.target}_{label}"
-        known = next((node for node in inputs_of(part) if node.target == name), None)
-        if known is not None:
-            return known
-        for path in paths:
-            call = call_of(self.trunk, path)
-            call.args = (*call.args, make(self._given(part, path, source)))
-        return add_input(part, name)
 
     def _sum(self, mask: fx.Node, chunk: int) -> fx.Node:
         """What hides padding, of a mask of the trunk."""
@@ -179,7 +160,8 @@ class _Fusion:
         return self._added[mask, chunk]
 
 
-def _attentions(part: fx.Graph) -> list[fx.Node]:
+def attentions(part: fx.Graph) -> list[fx.Node]:
+    """Those nodes of a part."""
     return [node for node in part.nodes if node.target is torch.ops.surgeon.attention.default]
 
 
@@ -205,7 +187,9 @@ def _unfit(graph: Graph, node: fx.Node, paths: Sequence[str]) -> str:
         return f"heads of {q.shape[-1]} channels are no multiple of {MULTIPLE}"
     if q.shape[1] % k.shape[1]:
         return f"{q.shape[1]} heads share {k.shape[1]} keys"
-    return "" if _past(node, 1) and _past(node, 2) else "it reads keys of another attention, or keys that are changed"
+    return (
+        "" if past_of(node, 1) and past_of(node, 2) else "it reads keys of another attention, or keys that are changed"
+    )
 
 
 def _has_columns(node: fx.Node) -> bool:
@@ -215,13 +199,13 @@ def _has_columns(node: fx.Node) -> bool:
     return inner is not whole and inner.target is aten.cat.default and inner.args[0][0].op == "placeholder"
 
 
-def _past(node: fx.Node, position: int) -> tuple[Any, Any] | None:
+def past_of(node: fx.Node, position: int) -> tuple[Any, Any] | None:
     """Earlier and new keys or values, if the attention is all that reads them."""
     whole: Any = node.args[position]
     if whole.target is not aten.cat.default or len(whole.args[0]) != 2:
         return None
     past, new = whole.args[0]
-    alone = past.op == "placeholder" and len(past.users) == 1
+    alone = past.op == "placeholder" and len(past.users) == 1 and not is_written(new)
     return (past, new) if alone and all(user is node or user.op == "output" for user in whole.users) else None
 
 

@@ -31,12 +31,12 @@ def added(mask: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype, chunk: int 
     """
     seen = ops.visible(mask, ids.shape[1], mask.shape[1], causal=False, window=0, chunk=chunk, device=mask.device)
     assert seen is not None
-    return _hidden(seen, dtype).expand(mask.shape[0], 1, ids.shape[1], mask.shape[1])
+    return hidden(seen, dtype).expand(mask.shape[0], 1, ids.shape[1], mask.shape[1])
 
 
 def biased(added: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Both sums; a boolean bias `[b | 1, h | 1, t, s]` is False where a key is not seen."""
-    more = _hidden(bias, added.dtype) if bias.dtype == torch.bool else bias.to(added.dtype)
+    more = hidden(bias, added.dtype) if bias.dtype == torch.bool else bias.to(added.dtype)
     return added + more
 
 
@@ -113,7 +113,8 @@ def rotated(
     return made.to(x.device)
 
 
-def _hidden(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def hidden(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where a key is seen, half the lowest number where it is not."""
     none = torch.scalar_tensor(0.0, dtype=dtype, device=seen.device)
     low = torch.scalar_tensor(torch.finfo(dtype).min / 2, dtype=dtype, device=seen.device)
     return torch.where(seen, none, low)

@@ -54,10 +54,11 @@ class Joined:
             self.tensors[value.name] = value
         nodes = list(graph)
         self.sums += [node for node in nodes if node.op_type == "Add" and _alike(node)]
+        kept = {node.inputs[2] for node in nodes if node.op_type == "Attention" and not node.domain}
         for node in nodes:
             node.name = f"{prefix}{node.name}"
             for made in node.outputs:
-                made.name, made.shape = f"{prefix}{made.name}", None
+                made.name, made.shape = f"{prefix}{made.name}", _sizes(made.shape) if made in kept else None
         outputs = list(graph.outputs)
         graph.outputs.clear()
         for given in list(graph.inputs):
@@ -68,6 +69,11 @@ class Joined:
         graph.remove(nodes)
         self.nodes += nodes
         return outputs
+
+
+def _sizes(shape: ir.Shape | None) -> ir.Shape | None:
+    """Those that are numbers. ONNX Runtime 1.31 says 0 for the width of an Attention whose values' it does not know."""
+    return None if shape is None else ir.Shape([size if isinstance(size, int) else None for size in shape])
 
 
 def _alike(node: ir.Node) -> bool:

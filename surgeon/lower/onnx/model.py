@@ -12,14 +12,15 @@ from torch import fx
 from surgeon.errors import UnsupportedError
 from surgeon.graph import Graph, val
 from surgeon.halves import STATES
-from surgeon.lower.onnx import slots
+from surgeon.lower.onnx import opset_23, slots
 from surgeon.lower.onnx.adapter_file import IDS, is_slot
 from surgeon.lower.onnx.codes import Form, prepared
 from surgeon.lower.onnx.fused import fuse, join_sums
 from surgeon.lower.onnx.join import WIDE, Joined, Shape, finish, typed
+from surgeon.lower.onnx.norms import norm
 from surgeon.lower.onnx.packed import packed
 from surgeon.lower.onnx.parts import META, SIZES, Part, Shapes, input_name, lower_part, lowered, segments, turnable
-from surgeon.lower.onnx.profiles import BLOCKS, DEFAULT, GQA, PROFILES, Profile
+from surgeon.lower.onnx.profiles import BLOCKS, DEFAULT, FUSED, GQA, PROFILES, Profile
 from surgeon.lower.onnx.scalars import unshare
 from surgeon.module import read_tensor
 from surgeon.wiring import inputs_of
@@ -27,6 +28,7 @@ from surgeon.wiring import inputs_of
 BATCH, NEW, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 CHOICES, LONGER = "choices", "output_length"
 SOURCE, HELD = "encoder_sequence_length", "past_encoder_sequence_length"
+_NORMS = {GQA: norm, FUSED: opset_23.norm}
 
 
 def build(
@@ -51,7 +53,8 @@ def build(
     Raises:
         UnsupportedError: a part of the graph has no ONNX form.
     """
-    form = Form(four_bit, level, profile.integers == BLOCKS, profile.attention == GQA and dtype == torch.float32)
+    norms = _NORMS.get(profile.attention) if dtype == torch.float32 else None
+    form = Form(four_bit, level, profile.integers == BLOCKS, norms)
     graph = prepared(packed(graph), form)
     turned = turnable(graph) if turn else set()
     trunk = lowered(graph.trunk, [""], turned, graph, dtype, form)
@@ -70,7 +73,7 @@ def build(
     model = finish(joined, inputs, results, _outputs(graph, trunk, runs), profile.opset)
     if profile.contrib:
         fuse(model)
-    if form.norms:
+    if form.norms is norm:
         join_sums(model, joined.sums)
     if profile.package == "openvino":
         unshare(model)

@@ -1,12 +1,13 @@
-"""RMS norms as one operator of ONNX Runtime's; `surgeon.lower.onnx.fused` joins it with the sum before.
+"""RMS norms as one operator: ONNX Runtime's, which `surgeon.lower.onnx.fused` joins with the sum before, or opset 23's.
 
-    x · rsqrt(mean(x²) + ε) · w   →   SimplifiedLayerNormalization(x, w)
+    x · rsqrt(mean(x²) + ε) · w   →   SimplifiedLayerNormalization(x, w) or RMSNormalization(x, w)
 
 Read off torch's own operators while a part is still theirs. For models in fp32: there no cast between them matters.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     return made.to(x.device)  # symbolic operators trace as tensors of the CPU
 
 
-def fuse(part: fx.Graph) -> int:
-    """Put the operator in the place of every norm of a part; returns how many."""
+def fuse(part: fx.Graph, operator: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] = norm) -> int:
+    """Put an operator in the place of every norm of a part; returns how many."""
     count = 0
     for node in [node for node in part.nodes if node.target is aten.rsqrt.default]:
         found = _norm(node)
@@ -35,7 +36,7 @@ def fuse(part: fx.Graph) -> int:
             continue
         x, weight, epsilon, result = found
         with part.inserting_before(result):
-            made = part.call_function(norm, (x, weight, epsilon))
+            made = part.call_function(operator, (x, weight, epsilon))
         made.meta = dict(result.meta)
         result.replace_all_uses_with(made)
         count += 1

@@ -122,7 +122,7 @@ def lowered(
         if isinstance(node.kwargs.get("device"), torch.device):
             node.kwargs = {**node.kwargs, "device": META}
     if form.norms:
-        norms.fuse(fresh)
+        norms.fuse(fresh, form.norms)
     standardise(fresh)
     sweep(fresh)
     return Part(fresh, tuple(tensors))

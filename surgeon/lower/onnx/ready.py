@@ -13,19 +13,21 @@ from surgeon.errors import UnsupportedError
 from surgeon.finalise import finalise
 from surgeon.graph import Graph
 from surgeon.lower.onnx import adapters as apart
+from surgeon.lower.onnx import attention as own
 from surgeon.lower.onnx import genai, gqa, seq2seq
 from surgeon.lower.onnx import once as run_once
 from surgeon.lower.onnx.adapter_slots import base_of
 from surgeon.lower.onnx.codes import with_codes
 from surgeon.lower.onnx.effective import adapted
 from surgeon.lower.onnx.precision import ACTIVATIONS, BITS, Quantised, quantised
-from surgeon.lower.onnx.profiles import GQA, STANDARD, Profile
+from surgeon.lower.onnx.profiles import FUSED, GQA, STANDARD, Profile
 from surgeon.lower.onnx.slots import named
 from surgeon.lower.virtual_columns import as_columns
 from surgeon.passes import make
 from surgeon.passes.base import Adapter
 from surgeon.passes.quantiser import Quantiser
 
+Paths = dict[str, list[str]]
 MODEL = "model"
 """What a model is called that is the only one."""
 
@@ -38,7 +40,7 @@ class Ready:
         plain: without cache and slots: what is computed.
         parts: what is lowered, by the names of its files: one model, or an encoder and a decoder.
         profile: what it is made for, its attention as asked.
-        attention: what computes it, "gqa" or "standard".
+        attention: what computes it, "gqa", "fused" or "standard"; in the layers of `fallbacks` it is standard.
         fallbacks: why not what the profile has: reason → paths of the layers.
         chosen: of int8 and int4, what became of each linear.
         record: the manifest of slots, empty where adapters are no inputs.
@@ -112,29 +114,39 @@ def ready(
     return Ready(plain, parts, profile, attention, fallbacks, chosen, record, below, turned)
 
 
-_Reasons = dict[str, list[str]]
-
-
 def _parts(
     plain: Graph, profile: Profile, slotted: Callable[[Profile], Graph]
-) -> tuple[dict[str, Graph], str, _Reasons, _Reasons]:
+) -> tuple[dict[str, Graph], str, Paths, Paths]:
     """What is lowered, the kind of its attention, why that is not the profile's, and what computes rotations."""
-    if plain.task == seq2seq.TASK:
-        why = seq2seq.fallbacks(plain) if profile.attention == GQA else {}
-        return seq2seq.parts(slotted(profile)), STANDARD, why, {}
-    whole = slotted(profile)
-    if plain.task in run_once.TASKS:
-        return {MODEL: run_once.numbered(whole)}, STANDARD, {}, {}
-    final, attention = run.apply(whole, make("kv_cache")), STANDARD
-    if profile.attention != GQA:
-        return {MODEL: final}, attention, {}, {}
-    fused = gqa.fuse(final, preloaded=whole is not plain)
+    whole, both = slotted(profile), plain.task == seq2seq.TASK
+    once = plain.task in run_once.TASKS
+    if both:
+        parts = seq2seq.parts(whole)
+    else:
+        parts = {MODEL: run_once.numbered(whole) if once else run.apply(whole, make("kv_cache"))}
+    if profile.attention == FUSED:
+        return _with_operators(parts)
+    if both or once or profile.attention != GQA:
+        return parts, STANDARD, seq2seq.fallbacks(plain) if both and profile.attention == GQA else {}, {}
+    fused = gqa.fuse(parts[MODEL], preloaded=whole is not plain)
     reasons, rotary = ({why: list(paths) for why, paths in said.items()} for said in (fused.reasons, fused.rotary))
     if fused.fused:
-        final, attention = fused.graph, GQA
-    elif whole is not plain:
-        final = run.apply(slotted(replace(profile, attention=STANDARD)), make("kv_cache"))
-    return {MODEL: final}, attention, reasons, rotary
+        return {MODEL: fused.graph}, GQA, reasons, rotary
+    if whole is not plain:
+        parts = {MODEL: run.apply(slotted(replace(profile, attention=STANDARD)), make("kv_cache"))}
+    return parts, STANDARD, reasons, rotary
+
+
+def _with_operators(parts: Mapping[str, Graph]) -> tuple[dict[str, Graph], str, Paths, Paths]:
+    """With ONNX's own operators where they compute what the graphs do."""
+    made = {name: own.fuse(part) for name, part in parts.items()}
+    reasons, rotary = Paths(), Paths()
+    for found in made.values():
+        for known, said in ((reasons, found.reasons), (rotary, found.rotary)):
+            for name, paths in said.items():
+                known[name] = [*known.get(name, ()), *paths]
+    kind = FUSED if any(found.any for found in made.values()) else STANDARD
+    return {name: found.graph for name, found in made.items()}, kind, reasons, rotary
 
 
 def exportable(graph: Graph, codes: bool = True) -> Graph:

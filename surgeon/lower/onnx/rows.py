@@ -57,6 +57,18 @@ def is_turned(node: fx.Node) -> bool:
     return isinstance(val(node).shape[1], torch.SymInt)
 
 
+def is_written(node: fx.Node) -> bool:
+    """Whether anything is written into a tensor or a view of it in place: where it is made it is not whole."""
+    for user in node.users:
+        schema = getattr(user.target, "_schema", None)
+        if schema is None or not user.args or user.args[0] is not node:
+            continue
+        alias = schema.arguments[0].alias_info
+        if alias is not None and (alias.is_write or is_written(user)):
+            return True
+    return False
+
+
 def _turned_from(node: fx.Node) -> fx.Node | None:
     node = _bare(node)
     source: Any = node.args[0] if _turns(node) else None
