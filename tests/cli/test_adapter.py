@@ -103,6 +103,21 @@ def test_what_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_adapter_over_integers_is_compiled_and_replayed(folders: Path, tmp_path: Path, run: Answer) -> None:
+    """int4 with slots: an adapter of a later command is proven, and the folder is still what it was."""
+    out, file = tmp_path / "onnx", tmp_path / "onnx" / "adapters" / "lora.onnx_adapter"
+    made = run("export", folder_of("llama"), "--precision", "int4", "--adapters", "slots", "-o", out)
+    assert {(row["how"], row["bits"]) for row in made["linears"]} == {("side", 4), ("quantise", 4)}
+    assert run("verify", out)["token_agreement"] == 1.0
+    found = run("adapter", folders / "lora", "--for", out, "-o", file)
+    assert found["token_agreement"] == 1.0
+    assert 0 < found["max_error"] <= found["bound"]
+    again = run("verify", out)
+    assert again["token_agreement"] == 1.0
+    assert again["max_error"] <= again["bound"]
+    assert adapter_file.load(file, out).inputs["model.layers.0.self_attn.q_proj.lora_B"].any()
+
+
 def test_options_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, out = str(folder_of("llama")), str(tmp_path / "out")
     assert main(["export", base, "-o", out, "--targets", "q_proj"]) == 2

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,23 @@ def test_a_work_folder_becomes_onnx(work: Path, tmp_path: Path, capsys: pytest.C
     assert sorted(found["files"]) == sorted(path.name for path in out.iterdir())
     for path in out.iterdir():
         assert str(work).encode() not in path.read_bytes()
+
+
+def test_opset_23_is_onnx_alone(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A Llama with grouped heads, alone and padded on the left, and the same replayed from its folder."""
+    out = tmp_path / "onnx"
+    assert main(["export", str(work), "--opset", "23", "-o", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["opset"], found["attention"], found["fallbacks"]) == (23, "fused", {})
+    assert (found["profile"], found["token_agreement"]) == ("ort", 1.0)
+    assert 0 < found["max_error"] <= found["bound"]
+    model = onnx_ir.load(out / "model.onnx")
+    assert model.opset_imports == {"": 23}
+    kinds = Counter(node.op_type for node in model.graph)
+    assert [kinds[kind] for kind in ("Attention", "RotaryEmbedding", "RMSNormalization")] == [4, 8, 9]
+    assert json.loads((out / "surgeon.json").read_text())["opset"] == 23
+    assert main(["verify", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["token_agreement"] == 1.0
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +113,9 @@ def test_hf_is_merge(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--target", "onxx"], 2, "onnx"),
         (["--precision", "fp61"], 2, "fp16"),
         (["--four-bit", "int5"], 2, "bnb4"),
+        (["--opset", "22"], 2, "--opset 21 or 23"),
+        (["--profile", "web", "--opset", "99"], 2, "--opset 21 or 23"),
+        (["--target", "hf", "--opset", "23"], 2, "leave it out"),
     ],
 )
 def test_wrong_options_suggest_right_ones(

@@ -18,8 +18,9 @@ STEPS = 8
 
 
 @pytest.mark.slow
-def test_node_swaps_every_method(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"profile": "web", "adapters": "slots", "verify": False}
+@pytest.mark.parametrize("opset", [21, 23])
+def test_node_swaps_every_method(opset: int, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"profile": "web", "adapters": "slots", "verify": False, "opset": opset}
     out = export.export_onnx(base_of("llama")[1], tmp_path / "web", **options).folder
     record = adapter_file.read_export(out)
     adapter_file.write({}, record, tmp_path / "base.safetensors")
