@@ -26,8 +26,10 @@ from benchmarks.zoo import build, causal, graphs
 from surgeon import run
 from surgeon.errors import SurgeonError
 from surgeon.graph import Graph
-from surgeon.lower.onnx import adapter_file, adapter_slots, adapters, check, export
+from surgeon.lower.onnx import adapter_file, adapter_slots, adapters, export
+from surgeon.lower.onnx.files import models
 from surgeon.lower.onnx.profiles import PROFILES
+from surgeon.lower.onnx.proof import replayed
 from surgeon.passes import make
 from surgeon.verification import make_probes
 
@@ -109,8 +111,8 @@ def _cell(measure: Callable[[], tuple[str, float]], why: str) -> Cell:
 def _swapped(family: str, method: str, out: Path, record: dict[str, Any]) -> tuple[str, float]:
     graph = adapted(family, method)
     tensors = adapters.arrays(adapter_slots.compiled(graph, record, method))
-    given, file = adapter_file.as_loaded(tensors, record), out / str(record.get("model", "model.onnx"))
-    replay = check.replay(graph, file, make_probes(graph), torch.float32, given=given)
+    given, parts = adapter_file.as_loaded(tensors, record), [out / name for name in models(record)]
+    replay = replayed(graph, parts, make_probes(graph), torch.float32, None, given)
     replay.require(f"{family}, {method}")
     return "preloaded" if given.initial else "slots", replay.max_error / replay.largest
 
