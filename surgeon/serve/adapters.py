@@ -89,10 +89,10 @@ class Loader:
         if task not in (None, "CAUSAL_LM"):
             raise UsageError(f"the adapter is for {task}", str(folder), "this server answers with text: CAUSAL_LM")
         self._check_base(config.get("base_model_name_or_path"), folder)
-        told = _told(config)
-        kind = (told, moves.start_of(file))
+        told, start = _told(config), moves.start_of(file)
+        kind = (told, start)
         known = self._moves.get(kind)
-        made = known.read(file, key) if known is not None and rank is None else None
+        made = known.read(file, start, key) if known is not None and rank is None else None
         if made is not None:
             return made
         tensors = peft_files.read_tensors(file)

@@ -61,12 +61,15 @@ class Moves:
     numbers: int
     moves: tuple[Move, ...]
 
-    def read(self, file: Path, key: str) -> Packed | None:
+    def read(self, file: Path, start: bytes, key: str) -> Packed | None:
         """The adapter of a file with the same header; None if it is not whole or not finite, which others explain."""
         stored, dtype = self.dtype
-        if file.stat().st_size != self.data_start + self.numbers * stored.itemsize:
+        size = file.stat().st_size
+        if size != self.data_start + self.numbers * stored.itemsize:
             return None
-        data = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+        data = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
+        if data[8 : self.data_start].numpy().tobytes() != start:  # another file has come in its place
+            return None
         numbers = data[self.data_start :].view(stored)
         if not math.isfinite(numbers.sum(dtype=torch.float32).item()):  # no sum of others hides a NaN or Inf
             return None
