@@ -224,6 +224,9 @@ def lower_part(part: fx.Graph, first: tuple[Any, ...], second: tuple[Any, ...], 
         reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedError(f"no ONNX form: {reason}", hint="--target hf writes a checkpoint") from error
     assert made is not None
+    if len(made.model.graph.inputs) != len(first):  # torch bakes in an integer that was the same for both lengths
+        what = "no ONNX form: a size within a layer does not follow the length of short texts (blocks of tokens)"
+        raise UnsupportedError(what, hint="--target hf writes a checkpoint")
     return made.model
 
 

@@ -21,7 +21,7 @@ from tests.lower.onnx.runtimes import EXACT, TRANSFORMERS_JS, node, npm
 from tests.lower.onnx.test_seq2seq import ERROR, error_against_transformers, generated, opened, texts
 
 pytestmark = pytest.mark.slow
-FAMILIES = ("mbart", "marian", "pegasus", "mt5", "umt5", "blenderbot", "blenderbot-small", "mvp", "plbart", "longt5")
+FAMILIES = ("mbart", "marian", "pegasus", "mt5", "umt5", "blenderbot", "blenderbot-small", "mvp", "plbart")
 STEPS = 8
 
 
@@ -51,6 +51,14 @@ def test_two_layers_and_prepacked(family: str, tmp_path: Path) -> None:
     assert {f"{name}.onnx" for name in (ENCODER, DECODER)} <= set(made.files)
     assert "model.onnx.safetensors" not in made.files
     assert verify(tmp_path / "here").token_agreement == 1.0
+
+
+def test_blocks_of_tokens_are_refused_by_name(tmp_path: Path) -> None:
+    model = tiny("longt5")
+    with pytest.raises(UnsupportedError, match="blocks of tokens") as failed:
+        export.export_onnx(graphs.graph_over(model, model.config, "seq2seq-lm"), tmp_path / "onnx")
+    assert "encoder.block.0" in str(failed.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_positions_that_are_counted_in_the_ids_are_refused_by_name(tmp_path: Path) -> None:
