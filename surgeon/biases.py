@@ -30,6 +30,11 @@ def widen(edit: Edit, count: int | fx.Node) -> None:
     there.replace(_widened(there, root, count))
 
 
+def sees_text(bias: fx.Node) -> bool:
+    """Whether a bias is computed from the text itself (DeBERTa): tokens that have none have no bias either."""
+    return any(node.target is aten.linear.default for node in lengths.ancestors([bias]))
+
+
 def is_alibi(bias: fx.Node) -> bool:
     """Whether a bias is one for all queries: it grows along the keys, and a key that counts as none has no place."""
     value = bias.meta["val"]

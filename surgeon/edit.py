@@ -155,7 +155,7 @@ class Edit:
         return self.call(node.target, *args, **kwargs)
 
     def model_input(self, names: Mapping[str, str], label: str, like: fx.Node, shape: tuple[Any, ...]) -> fx.Node:
-        """A new input of the model for every layer that shares the graph, handed into the layer.
+        """An input of the model for every layer that shares the graph, handed into the layer; the known one of a name.
 
         Args:
             names: layer path → name of the model's input.
@@ -165,8 +165,10 @@ class Edit:
         """
         with like.meta["val"].fake_mode:
             value = torch.empty(shape, dtype=like.meta["val"].dtype, device="meta")
-        made = [self._labelled(wiring.add_input(self.graph.trunk, names[path]), value) for path in self.paths]
-        return made[0] if self.part is self.graph.trunk else self.hand(label, dict(zip(self.paths, made, strict=True)))
+        trunk = self.graph.trunk
+        known = dict(zip(self.graph.inputs, wiring.inputs_of(trunk), strict=True))
+        made = [known.get(names[p]) or self._labelled(wiring.add_input(trunk, names[p]), value) for p in self.paths]
+        return made[0] if self.part is trunk else self.hand(label, dict(zip(self.paths, made, strict=True)))
 
     def common_input(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> fx.Node:
         """One input of the model that any layer may read, made when it is first asked for."""

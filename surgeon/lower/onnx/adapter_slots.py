@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from surgeon import fold, replaced
+from surgeon import biases, fold, replaced
 from surgeon.checkpoint import Checkpoint
 from surgeon.errors import SurgeonError, UnsupportedError, UsageError
 from surgeon.finalise import finalise
 from surgeon.fold import Fold, value_of
 from surgeon.graph import Graph
+from surgeon.lower.onnx import whole
 from surgeon.lower.onnx.adapter_file import INITIAL, SLOTS
 from surgeon.lower.onnx.slots import CROSS, IN, KEY, OUT, SHIFT, VALUE, A, B, places
 from surgeon.lower.virtual_columns import as_columns
@@ -38,7 +39,7 @@ def base_of(graph: Graph) -> Graph:
     _check_codes(graph)
     steps = owners(graph.applied)
     result = without(graph, {owner for owner, step in steps.items() if not isinstance(step, Quantiser)})
-    for name in _biases(graph):
+    for name in _trained(graph):
         if name not in graph.values:
             raise UnsupportedError(f"{name} was trained, and the base has none", graph.source, _MERGE)
         result.inserted.pop(name, None)
@@ -90,17 +91,19 @@ def compiled(graph: Graph, record: Mapping[str, Any], where: str = "") -> Tensor
     """
     check_base(graph, record, where)
     _check_codes(graph)
-    biases = _biases(graph)
+    trained = _trained(graph)
     plain = _with_columns(finalise(graph, lambda kept: kept), where)
     found: dict[str, list[Fold]] = {}
     for item in fold.folds(plain):
         found.setdefault(item.site.path, []).append(item)
     linears = {site.path: site for site in sites(plain) if f"{site.path}.{A}" in record[SLOTS]["inputs"]}
-    _check_slots(plain, [*found], biases, linears, where)
+    heads = {name: site for name, site in whole.linears(plain).items() if name in trained and site.path in linears}
+    _check_slots(plain, [*found], [name for name in trained if name not in heads], linears, where)
     tensors: Tensors = {}
     for path, site in linears.items():
-        if path in found or site.bias in biases:
-            tensors.update(_linear(plain, site, found.get(path, [])))
+        if path in found or site.bias in trained or site.weight in heads:
+            below = [whole.factors(whole.change(plain, site))] if site.weight in heads else []
+            tensors.update(_linear(plain, site, found.get(path, []), below))
     tensors.update(_prefix(plain, record, where))
     if not tensors:
         raise UsageError("there is no adapter: it changes nothing of the base", where, "name an adapter's folder")
@@ -110,14 +113,15 @@ def compiled(graph: Graph, record: Mapping[str, Any], where: str = "") -> Tensor
 
 def _with_columns(graph: Graph, where: str) -> Graph:
     rows = fold.rows(graph)
-    if rows and "decoder_input_ids" in graph.inputs:
+    if rows and graph.task != "causal-lm":
         what = f"{rows[0].step.name} has no constant keys and values in {graph.config.model_type}, and so no slot: "
-        what += "an encoder's virtual tokens see the text, and a decoder's are computed from it"
+        both = "an encoder's virtual tokens see the text, and a decoder's are computed from it"
+        what += both if "decoder_input_ids" in graph.inputs else "its virtual tokens run together with the text"
         raise UnsupportedError(what, where, f"train a prefix instead, or {_MERGE}")
     return as_columns(graph)
 
 
-def _biases(graph: Graph) -> Tensors:
+def _trained(graph: Graph) -> Tensors:
     """Name → value of the tensors of the base that trained with the adapters."""
     names: dict[str, None] = {}
     for owner, step in owners(graph.applied).items():
@@ -126,12 +130,12 @@ def _biases(graph: Graph) -> Tensors:
     return {name: graph.inserted[name]() for name in names if name in graph.inserted}
 
 
-def _check_slots(graph: Graph, paths: list[str], trained: Tensors, linears: Mapping[str, Site], where: str) -> None:
+def _check_slots(graph: Graph, paths: list[str], trained: list[str], linears: Mapping[str, Site], where: str) -> None:
     """Raise UnsupportedError that names every part of the adapters that has no slot."""
-    biases = {site.bias for site in linears.values() if site.bias}
+    known = {site.bias for site in linears.values() if site.bias}
     kinds = {site.path: site.kind for site in sites(graph)}
     lost = [f"{path} ({kinds[path]})" for path in paths if path not in linears]
-    lost += [name for name in trained if name not in biases]
+    lost += [name for name in trained if name not in known]
     lost += [f"{item.site.path} ({item.step.name})" for item in fold.rest(graph) if item.site.kind != ATTENTION]
     steps = owners(graph.applied).values()
     lost += [s.name for s in steps if not isinstance(s, (Adapter, Quantiser)) and not s.training_only]
@@ -141,9 +145,9 @@ def _check_slots(graph: Graph, paths: list[str], trained: Tensors, linears: Mapp
         raise UnsupportedError(what, where, f"export with slots there (--targets), or {_MERGE}")
 
 
-def _linear(graph: Graph, site: Site, items: list[Fold]) -> Tensors:
+def _linear(graph: Graph, site: Site, items: list[Fold], below: list[Normal]) -> Tensors:
     bias = value_of(graph, site.bias).float() if site.bias else None
-    made = fold.normals(items, lambda: site.matrix(value_of(graph, site.weight).float()), lambda: bias)
+    made = below + fold.normals(items, lambda: site.matrix(value_of(graph, site.weight).float()), lambda: bias)
     normal = functools.reduce(lambda inner, outer: compose(outer, inner), made).factored() if made else Normal()
     if normal.replaced is not None:
         raise UnsupportedError("rows of the weight are replaced, and there is no slot for rows", site.path, _MERGE)
@@ -223,5 +227,7 @@ def _check_columns(graph: Graph, item: Fold, columns: Columns) -> None:
         raise UnsupportedError(what, item.site.path, _MERGE)
     given: Any = argument_of(node, 4) if has_argument(node, 4) else None
     numeric = given is not None and given.meta["val"].is_floating_point() and given.meta["val"].shape[-2] != 1
-    if numeric and not getattr(item.step, "biased", True) and item.site.role != CROSS:
-        raise UnsupportedError(f"{item.step.name} has no position biases, and slots have", item.site.path, _MERGE)
+    wanted = given is not None and not biases.sees_text(given)
+    if numeric and getattr(item.step, "biased", True) != wanted and item.site.role != CROSS:
+        what = "has no position biases, and slots have" if wanted else "has position biases, and slots have none"
+        raise UnsupportedError(f"{item.step.name} {what}", item.site.path, _MERGE)

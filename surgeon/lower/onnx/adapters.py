@@ -13,7 +13,7 @@ import torch
 from surgeon import api, peft_files, peft_load, run, store
 from surgeon.errors import SurgeonError, UnsupportedError, UsageError, nearest
 from surgeon.graph import Graph, val
-from surgeon.lower.onnx import adapter_file, adapter_stack, slots
+from surgeon.lower.onnx import adapter_file, adapter_stack, once, slots
 from surgeon.lower.onnx.adapter_file import Loaded
 from surgeon.lower.onnx.adapter_forms import Array
 from surgeon.lower.onnx.adapter_slots import Tensors, compiled, described
@@ -30,7 +30,7 @@ from surgeon.wiring import inputs_of
 
 MERGE, SLOTTED, STACKED = "merge", "slots", "stacked"
 FORMS = (MERGE, SLOTTED, STACKED)
-FOLDER, SEQ2SEQ = "adapters", "seq2seq-lm"
+FOLDER = "adapters"
 Check = Callable[[Graph, Loaded], Replay | None]
 
 
@@ -45,18 +45,19 @@ def slotted(plain: Graph, profile: Profile, targets: str, form: str = SLOTTED) -
 
     Args:
         plain: the base as it is exported, before it has a cache.
-        profile: what it is made for; a GroupQueryAttention has no prefix, and encoder-decoders have none of those.
+        profile: what it is made for; a GroupQueryAttention has no prefix, and models without a cache of their own past
+            have none of those.
         targets: the linears, see `surgeon.select`.
         form: "slots" or "stacked", whose attentions have no prefix.
 
     Raises:
-        UnsupportedError: it is no model that generates.
+        UnsupportedError: it is to be stacked, and is no model that generates.
     """
-    if plain.task not in ("causal-lm", SEQ2SEQ):
-        what = f"slots are for models that generate; {plain.config.model_type} is read for {plain.task}"
-        raise UnsupportedError(what, plain.source, "--adapters merge")
     stacked = form == STACKED
-    prefix = profile.prefix_slots or profile.attention == STANDARD or plain.task == SEQ2SEQ
+    if stacked and plain.task in once.TASKS:
+        what = f"stacked adapters are for models that generate; {plain.config.model_type} is read for {plain.task}"
+        raise UnsupportedError(what, plain.source, "--adapters slots: one adapter for all rows of a batch")
+    prefix = profile.prefix_slots or profile.attention == STANDARD or plain.task != "causal-lm"
     prefix = prefix and bool(sites(plain, ATTENTION)) and not stacked
     return run.apply(plain, Slots(targets=targets, prefix=prefix, stacked=stacked))
 

@@ -19,13 +19,14 @@ from surgeon.finalise import finalise
 from surgeon.fold import Fold, by_weight, folds, normals, value_of
 from surgeon.graph import Graph
 from surgeon.hold import held_value
+from surgeon.lower.onnx import whole
 from surgeon.lower.onnx.overlay import Overlay, decoded, untied
 from surgeon.lower.virtual_columns import as_columns
 from surgeon.normal import Normal, compose
 from surgeon.passes.intq import IntQ
 from surgeon.sites import Site
 
-SIDE = "side"
+SIDE, WHOLE = "side", "whole"
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,14 @@ class Effective:
         return spec.held.parts if spec is not None and spec.held is not None and "zero" in spec.held.parts else {}
 
     def weight(self, site: Site, how: str) -> torch.Tensor:
-        """The weight that its codes come to, with its adapter beside them if that is `how`."""
-        if how != SIDE:
+        """The weight that its codes come to, with its adapter, or what trained of it whole, beside them."""
+        if how not in (SIDE, WHOLE):
             return site.stored(self.rounded(site.matrix(self.plain.values[site.weight].float()), site))
         if self.own_codes(site):
             codes = site.matrix(held_value(self.graph, site.weight))
+        elif how == WHOLE:
+            codes = self.rounded(site.matrix(self.graph.values[site.weight].float()), site)
+            codes = codes + whole.change(self.graph, site)
         else:
             codes = self.rounded(site.matrix(self.base(site).float()), site)
         normal = self.normal(site)
@@ -92,10 +96,11 @@ class Effective:
         return site.stored(normal.merged(codes))
 
     def reference(self, how: Mapping[str, str]) -> Graph:
-        """The plain graph with those weights: weight → "side", or anything else for codes alone."""
+        """The plain graph with those weights: weight → "side", "whole", or anything else for codes alone."""
         chosen = [site for site in self.sites if site.weight in how]
         values = {site.weight: functools.partial(self.weight, site, how[site.weight]) for site in chosen}
-        return dataclasses.replace(self.plain, values=Overlay(self.plain.values, values))
+        kept = {name: read for name, read in self.plain.inserted.items() if name not in values}
+        return dataclasses.replace(self.plain, values=Overlay(self.plain.values, values), inserted=kept)
 
 
 def merged(graph: Graph) -> Graph:
@@ -116,5 +121,7 @@ def adapted(graph: Graph, step: IntQ | None) -> Graph:
     if step is None:
         return graph
     kept = as_columns(finalise(graph, lambda kept: kept))
-    found = Effective(kept, merged(kept), step)
-    return found.reference({s.weight: SIDE if s.weight in found.groups else "quantise" for s in found.sites})
+    heads = whole.linears(kept)
+    found = Effective(kept, whole.settled(merged(kept), heads), step)
+    beside = {**dict.fromkeys(found.groups, SIDE), **dict.fromkeys(heads, WHOLE)}
+    return found.reference({site.weight: beside.get(site.weight, "quantise") for site in found.sites})

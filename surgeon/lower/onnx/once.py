@@ -6,7 +6,7 @@ Virtual tokens are constants at their places in the graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from torch import fx
 
 from surgeon import numbering, positions, virtual
 from surgeon.graph import Graph, copied, sweep, val
+from surgeon.lower.onnx.adapter_file import Loaded
 from surgeon.lower.onnx.check import Replay, Replayed, summary, virtual_tokens
 from surgeon.lower.onnx.session import Array, open_session, padded
 from surgeon.lower.onnx.unrounded import open_unrounded
-from surgeon.lower.onnx.verify import told
+from surgeon.lower.onnx.verify import fed_once, told
 from surgeon.stream import StreamingExecutor
 from surgeon.verification import Probe
 
@@ -63,7 +64,12 @@ def _counted(trunk: fx.Graph, real: fx.Node, axis: int) -> fx.Node:
 
 
 def compare(
-    graph: Graph, file: Path, probes: Sequence[Probe], dtype: torch.dtype, relative: float | None = None
+    graph: Graph,
+    file: Path,
+    probes: Sequence[Probe],
+    dtype: torch.dtype,
+    relative: float | None = None,
+    given: Loaded | None = None,
 ) -> Replay:
     """Run an exported model on the first probe alone and on all in one batch padded on the right.
 
@@ -73,22 +79,24 @@ def compare(
         probes: the texts; they are shortened to different lengths.
         dtype: of the exported model; the bound depends on it.
         relative: see `surgeon.lower.onnx.check.replay`.
+        given: what its slots are fed; None for a model without, or the base's values of optional ones.
     """
     sessions = [open_session(file), *([] if relative is None else [open_unrounded(file)])]
+    slots = given.feed() if given else {}
     reference = StreamingExecutor(graph)
     room = (positions.limit(graph) or 10**9) - virtual_tokens(graph)
     rows = [list(probe.ids[: max(2, len(probe.ids) - 4 * number)][:room]) for number, probe in enumerate(probes)]
-    batches = [_one(graph, reference, sessions, batch) for batch in ([rows[0]], rows)]
+    batches = [_one(graph, reference, sessions, batch, slots) for batch in ([rows[0]], rows)]
     return summary(batches, "output", dtype, relative, 0)
 
 
 def _one(
-    graph: Graph, run: StreamingExecutor, sessions: Sequence[Any], rows: list[list[int]]
+    graph: Graph, run: StreamingExecutor, sessions: Sequence[Any], rows: list[list[int]], slots: Mapping[str, Array]
 ) -> tuple[Replayed, float]:
     """One batch through torch, a session and maybe one that rounds no activations, and the largest output of torch."""
     given = _inputs(graph, rows)
     expected = [value.float().numpy() for value in run(*(torch.from_numpy(given[name]) for name in graph.inputs))]
-    fed = {node.name: given[node.name] for node in sessions[0].get_inputs()}
+    fed = fed_once(sessions[0], given, slots)
     made = [[value.astype(np.float32) for value in one.run(list(graph.outputs), fed)] for one in sessions]
     error, *exact_error = (
         float(np.max([np.abs(e - f).max() for e, f in zip(expected, found, strict=True)])) for found in made

@@ -27,8 +27,6 @@ def of_base(made: Ready, files: Sequence[Path], probes: Sequence[Probe], dtype: 
         probes: the prompts.
         dtype: of its weights and arithmetic.
     """
-    if made.once:
-        return once.compare(made.reference, files[0], probes, dtype, relative=made.relative)
     given = as_loaded({}, made.record) if made.record else None
     return replayed(made.reference, files, probes, dtype, made.relative, given)
 
@@ -48,7 +46,9 @@ def replayed(
     relative: float | None,
     given: Loaded | None,
 ) -> Replay:
-    """One model that generates, or an encoder and a decoder: see `surgeon.lower.onnx.check.replay`."""
+    """One model that generates or is run once, or an encoder and a decoder: see `surgeon.lower.onnx.check.replay`."""
+    if graph.task in once.TASKS:
+        return once.compare(graph, files[0], probes, dtype, relative, given)
     if len(files) == 1:
         return replay(graph, files[0], probes, dtype, given=given, relative=relative)
     (encoder, decoder), pad = files, once.pad_of(graph)

@@ -24,7 +24,7 @@ from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
-from surgeon import biases, columns, lengths, positions, wiring
+from surgeon import biases, columns, heads, lengths, positions, wiring
 from surgeon.edit import Edit
 from surgeon.errors import UnsupportedError
 from surgeon.graph import Graph, val
@@ -67,8 +67,13 @@ class Slots(Pass):
     stacked: bool = False
 
     def match(self, graph: Graph) -> list[Site | Skip]:
-        """The targeted linears that compute in the model's dtype, and the attentions if they have a prefix."""
-        linears = targeted(graph, sites(graph, LINEAR, CONV1D), self.targets, self.exclude)
+        """The targeted linears that compute in the model's dtype, and the attentions if they have a prefix.
+
+        The head of a classifier is always among them: its adapters train it.
+        """
+        every, head = sites(graph, LINEAR, CONV1D), set(heads.head_modules(graph))
+        chosen = {site.path for site in targeted(graph, every, self.targets, self.exclude)}
+        linears = [site for site in every if site.path in chosen or site.path.partition(".")[0] in head]
         reasons = {site.path: self._unfit(graph, site) for site in linears}
         found: list[Site | Skip] = [Skip(s.path, reasons[s.path]) if reasons[s.path] else s for s in linears]
         if all(reasons.values()):
@@ -120,7 +125,8 @@ class Slots(Pass):
         edit.write_after(wiring.inputs_of(edit.part)[-1])  # a layer's own biases are computed before its attention
         count = edit.call(aten.sym_size.int, tables[0], 2)
         edit.write_after(edit.y)
-        columns.attach(edit, tables, dropout=0, hidden=True, biased=True, added=None, count=count)
+        biased = not (edit.has(4) and biases.sees_text(edit.argument(4)))
+        columns.attach(edit, tables, dropout=0, hidden=True, biased=biased, added=None, count=count)
 
     def finish(self, graph: Graph, owner: str) -> None:
         """Tokens are numbered from the prefix on; an encoder's keep their numbers where there is a decoder."""
@@ -132,16 +138,17 @@ class Slots(Pass):
         for role in [role for role in layers if role != CROSS]:
             count = _count(Edit.of_trunk(graph, owner), role)
             biases.widen_trunk(graph, owner, count, every=True, layers=layers[role])
-        positions.shift(graph, owner, lambda edit: _count(edit, DECODER))
+        positions.shift(graph, owner, lambda edit: _count(edit, DECODER if DECODER in layers else ENCODER))
 
 
 def places(graph: Graph) -> dict[tuple[str, str], str]:
-    """(layer, node) of every attention → what its prefix is called: a number, and its role in an encoder-decoder."""
+    """(layer, node) of every attention → what its prefix is called: a number, and its role if some have others."""
     found: dict[tuple[str, str], str] = {}
     counts: dict[str, int] = {}
-    both = "decoder_input_ids" in graph.inputs
-    for site in sites(graph, ATTENTION):
-        role = f".{site.role}" if both else ""
+    attentions = sites(graph, ATTENTION)
+    plain = {site.role for site in attentions} == {DECODER}
+    for site in attentions:
+        role = "" if plain else f".{site.role}"
         found[site.layer, site.node] = f"{counts.setdefault(role, 0)}{role}"
         counts[role] += 1
     return found

@@ -121,11 +121,11 @@ def verify(folder: Path) -> Verified:
 def _replayed(folder: Path, record: Mapping[str, Any]) -> list[tuple[float, float]]:
     """Error and agreement of every batch."""
     verified = record["verified"]
-    batches, bound, pad = verified["batches"], float(verified["bound"]), int(record.get("pad", 0))
-    if not verified["steps"]:
-        session = open_session(folder / record.get("model", MODEL))
-        return [_once(session, batch, pad) for batch in batches]
-    run = _two(folder, record) if "encoder" in record else _one(folder, record)
+    batches, bound = verified["batches"], float(verified["bound"])
+    if "encoder" in record:
+        run = _two(folder, record)
+    else:
+        run = _one(folder, record) if verified["steps"] else _whole(folder, record)
     slots = as_loaded({}, record) if "slots" in record else None
     results = [run(batch, bound, slots) for batch in batches]
     for adapter in record.get("adapters", ()):
@@ -136,6 +136,11 @@ def _replayed(folder: Path, record: Mapping[str, Any]) -> list[tuple[float, floa
 def _one(folder: Path, record: Mapping[str, Any]) -> Run:
     session = open_session(folder / record.get("model", MODEL))
     return lambda batch, bound, given: _forced(session, batch, bound, given)
+
+
+def _whole(folder: Path, record: Mapping[str, Any]) -> Run:
+    session, pad = open_session(folder / record.get("model", MODEL)), int(record.get("pad", 0))
+    return lambda batch, bound, given: _once(session, batch, pad, given)
 
 
 def _two(folder: Path, record: Mapping[str, Any]) -> Run:
@@ -210,14 +215,19 @@ def step_logits(
     return results["logits"][:, -1].astype(np.float32), kept
 
 
-def _once(session: Any, batch: Mapping[str, Any], pad: int) -> tuple[float, float]:
+def _once(session: Any, batch: Mapping[str, Any], pad: int, given: Loaded | None) -> tuple[float, float]:
     """Error and agreement of one batch of a model that is run once; see `surgeon.lower.onnx.once`."""
-    given = padded(batch["prompts"], pad, choices=len(session.get_inputs()[0].shape) == 3)
+    text = padded(batch["prompts"], pad, choices=len(session.get_inputs()[0].shape) == 3)
     outputs = [node.name for node in session.get_outputs()]
-    made = session.run(outputs, {node.name: given[node.name] for node in session.get_inputs()})
+    made = session.run(outputs, fed_once(session, text, given.feed() if given else {}))
     found = [value.astype(np.float32).max(-1).ravel() for value in told(outputs, made)]
     errors = [np.abs(f - np.array(w)).max() for f, w in zip(found, batch["best_logits"], strict=True)]
     return float(np.max(errors)), 1.0
+
+
+def fed_once(session: Any, text: Mapping[str, Array], slots: Mapping[str, Array]) -> dict[str, Array]:
+    """What a model that is run once takes of a text, and an adapter's slots."""
+    return {node.name: text[node.name] for node in session.get_inputs() if node.name not in slots} | {**slots}
 
 
 def told(outputs: list[str], values: list[Array]) -> list[Array]:
