@@ -61,18 +61,20 @@ def described(graph: Graph) -> dict[str, Any]:
     except SurgeonError:
         fingerprint = ""  # a model that lies in memory
     codes = [step.spec() for step in graph.applied if isinstance(step, Quantiser)]
-    return {
+    found = {
         "model_type": graph.config.model_type, "task": graph.task, "fingerprint": fingerprint, "codes": codes,
         "context": graph.context,
     }  # fmt: skip
+    return {**found, "head": whole.digest(graph, graph.fresh)} if graph.fresh else found
 
 
 def check_base(graph: Graph, record: Mapping[str, Any], where: str) -> None:
     """Raise UsageError for an adapter that was made for another base than an export's."""
     mine, wanted = described(graph), record["base"]
-    for key, value in mine.items():
-        if value != wanted.get(key):
+    for key in dict.fromkeys((*mine, *wanted)):
+        if (value := mine.get(key)) != wanted.get(key):
             said = "another checkpoint (fingerprint)" if key == "fingerprint" else f"{key} {value or 'none'}"
+            said = "a new head of other classes or another seed (its sha256)" if key == "head" else said
             what = f"the adapter was made for another base: {said}, and the export has {wanted.get(key) or 'none'}"
             raise UsageError(what, where, "name the export of its own base with --for, or its base with --base")
 

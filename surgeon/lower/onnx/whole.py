@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+import hashlib
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -11,6 +12,15 @@ from surgeon.graph import Graph
 from surgeon.hold import is_held
 from surgeon.normal import Normal
 from surgeon.sites import Site, sites
+
+
+def digest(graph: Graph, modules: Sequence[str]) -> str:
+    """The sha256 of the base's values of modules that its checkpoint has none of: a new head, drawn by a seed."""
+    prefixes, found = tuple(f"{path}." for path in modules), hashlib.sha256()
+    for name in sorted(name for name, spec in graph.tensors.items() if not spec.owner and name.startswith(prefixes)):
+        value = graph.values[name]
+        found.update(f"{name}{tuple(value.shape)}".encode() + value.detach().float().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def linears(graph: Graph) -> dict[str, Site]:

@@ -160,8 +160,8 @@ def test_equal_layers_stay_one() -> None:
 def test_what_has_no_slots_is_said(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="did you mean"):
         export.export_onnx(base_of("llama")[1], tmp_path / "out", adapters="slts")
-    with pytest.raises(UnsupportedError, match="slots are for models that generate"):
-        export.export_onnx(base_of("bert")[1], tmp_path / "out", adapters="slots")
+    with pytest.raises(UnsupportedError, match="stacked adapters are for models that generate"):
+        export.export_onnx(base_of("bert")[1], tmp_path / "out", adapters="stacked")
     with pytest.raises(UsageError, match="q_prj"):
         export.export_onnx(base_of("llama")[1], tmp_path / "out", adapters="slots", targets="q_prj")
     assert list(tmp_path.iterdir()) == []

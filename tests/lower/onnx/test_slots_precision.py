@@ -144,9 +144,9 @@ def test_one_file_fits_the_exports_of_every_precision(record: dict[str, Any]) ->
 
 def test_what_stays_refused(report: export.OnnxReport, tmp_path: Path) -> None:
     options: dict[str, Any] = {"precision": "int4", "adapters": "slots"}
-    with pytest.raises(UnsupportedError, match="slots are for models that generate") as failed:
-        export.export_onnx(base_of("bert")[1], tmp_path / "onnx", **options)
-    assert "--adapters merge" in str(failed.value)
+    with pytest.raises(UnsupportedError, match="stacked adapters are for models that generate") as failed:
+        export.export_onnx(base_of("bert")[1], tmp_path / "onnx", **{**options, "adapters": "stacked"})
+    assert "--adapters slots" in str(failed.value)
     moved = api.apply(folder_of("llama"), "intq", group=16).graph
     moved = run.apply(moved, make("lora", rank=2, init="loftq_iter_2"))
     with pytest.raises(UnsupportedError, match="changed the codes of the base") as failed:
