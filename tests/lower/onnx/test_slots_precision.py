@@ -162,7 +162,7 @@ def test_what_stays_refused(report: export.OnnxReport, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma2", "phi3", "opt"])
 @pytest.mark.parametrize("bits", ["int4", "int8"])
 def test_families(family: str, bits: str, tmp_path: Path) -> None:
-    given = {"dora": adapted("dora", {"rank": 2}, 0.05, family)}
+    given = {"dora": adapted("dora", {"rank": 2, "targets": "all-linear"}, 0.05, family)}
     out = tmp_path / "onnx"
     made = export.export_onnx(base_of(family)[1], out, precision=bits, adapters="slots", given=given)
     (entry,) = json.loads((out / "surgeon.json").read_text())["adapters"]
