@@ -4,8 +4,9 @@
     python -m benchmarks.onnx.methods --families llama,gpt2 --profiles ort,openvino
 
 Tiny random models of every architecture. Per profile one export with slots; every method is compiled for it and decodes
-20 tokens, alone and in a padded batch. A model or a method without slots is merged instead. What is done is in
-benchmarks/results/onnx_methods.json and is not done again; the table is benchmarks/results/onnx_methods.md.
+20 tokens (a model that is run once: its output), alone and in a padded batch. A model or a method without slots is
+merged instead. What is done is in benchmarks/results/onnx_methods.json and is not done again; the table is
+benchmarks/results/onnx_methods.md.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "rsLoRA": ("lora", {"rank": 4, "rslora": True, **ALL}),
     "DoRA": ("dora", {"rank": 4, **ALL}),
     "DyLoRA": ("dylora", {"rank": 4, **ALL}),
-    "AdaLoRA": ("adalora", dict(ALL)),
+    "AdaLoRA": ("adalora", {"rank": 4, "target_rank": 2, **ALL}),
     "VeRA": ("vera", {"rank": 8, **ALL}),
     "IA³": ("ia3", dict(ALL)),
     "LoHa": ("loha", {"rank": 2, **ALL}),
@@ -139,9 +140,9 @@ def table(results: Mapping[str, Mapping[str, Cell]]) -> str:
             if cell["why"]:
                 reasons.setdefault(cell["why"], []).append(f"{family}/{profile} {method}")
     legend = (
-        "● swapped while the model runs and verified: 20 greedy tokens, alone and in a padded batch, every logit "
-        "within 1e-4 of the largest (max error: relative to it). ●ᵖ the same, its keys and values being what the cache "
-        "starts with. ◐ merged, and verified. ○ neither."
+        "● swapped while the model runs and verified: 20 greedy tokens, or the output of a model that is run once, "
+        "alone and in a padded batch, every logit within 1e-4 of the largest (max error: relative to it). ●ᵖ the same, its "
+        "keys and values being what the cache starts with. ◐ merged, and verified. ○ neither."
     )
     why = [f"- {reason}: {', '.join(where[:3])}{f' and {len(where) - 3} more' if len(where) > 3 else ''}"
            for reason, where in reasons.items()]  # fmt: skip
