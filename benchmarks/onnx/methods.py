@@ -141,8 +141,8 @@ def table(results: Mapping[str, Mapping[str, Cell]]) -> str:
                 reasons.setdefault(cell["why"], []).append(f"{family}/{profile} {method}")
     legend = (
         "● swapped while the model runs and verified: 20 greedy tokens, or the output of a model that is run once, "
-        "alone and in a padded batch, every logit within 1e-4 of the largest (max error: relative to it). ●ᵖ the same, its "
-        "keys and values being what the cache starts with. ◐ merged, and verified. ○ neither."
+        "alone and in a padded batch, every logit within 1e-4 of the largest (max error: relative to it). "
+        "●ᵖ the same, its keys and values being what the cache starts with. ◐ merged, and verified. ○ neither."
     )
     why = [f"- {reason}: {', '.join(where[:3])}{f' and {len(where) - 3} more' if len(where) > 3 else ''}"
            for reason, where in reasons.items()]  # fmt: skip
